@@ -1,0 +1,180 @@
+"""The base: any frozen Hugging Face decoder, where its MLPs are, and what flows in and out of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
+MLP_NAMES = re.compile(r"(mlp|ffn|feed_forward|feedforward|ff)", re.IGNORECASE)
+
+
+def base_location(name: str) -> str:
+    """Where `from_pretrained` finds the base: a folder as given, one that ships with this package, or a Hub id."""
+    if Path(name).is_dir():
+        return name
+    shipped = REPOSITORY_ROOT / name
+    return str(shipped) if shipped.is_dir() else name
+
+
+class Base:
+    """A frozen decoder in evaluation mode, and the MLPs of the layers that were asked for.
+
+    Attributes:
+        model: the causal language model, LM head included.
+        tokenizer: its tokenizer.
+        layers: the layer indices asked for, ascending.
+        n_inputs, n_outputs: width of the MLPs' inputs and outputs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int] | None = None
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        blocks_name, blocks = find_blocks(model.base_model)
+        mlp_name = find_mlp_name(blocks[0])
+        self.layers = check_layers(layers, len(blocks))
+        prefix = f"{model.base_model_prefix}.{blocks_name}" if model.base_model is not model else blocks_name
+        self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
+        self._blocks_name = blocks_name
+        self._forward = model.base_model.forward
+        self.num_layers = len(blocks)
+        self.n_inputs, self.n_outputs = mlp_widths(self.mlp(self.layers[0]))
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        layers: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Base:
+        """Loads a base by Hub id or folder.
+
+        Raises:
+            ValueError: where the folder or repository holds no model, or a layer does not exist.
+        """
+        location = base_location(name)
+        try:
+            config = AutoConfig.from_pretrained(location, revision=revision)
+            check_layers(layers, config.get_text_config().num_hidden_layers)  # before gigabytes are read
+            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, torch_dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) "
+                f"in a local folder or on the Hub, got: {reason}"
+            ) from error
+        return cls(model.to(device), tokenizer, layers)
+
+    def mlp_path(self, layer: int) -> str:
+        """The MLP's module path from the causal language model, such as `gpt_neox.layers.3.mlp`."""
+        return self._mlp_paths[layer]
+
+    def mlp(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.mlp_path(layer))
+
+    def stop_after_last_layer(self) -> None:
+        """Drops what no asked-for MLP depends on: the blocks after the last layer asked for.
+
+        The language model as such is spent afterwards: only `activations` may be called.
+        """
+        decoder = self.model.base_model
+        parent_name, _, name = self._blocks_name.rpartition(".")
+        blocks = decoder.get_submodule(self._blocks_name)
+        setattr(decoder.get_submodule(parent_name), name, blocks[: self.layers[-1] + 1])
+
+    def compile(self) -> None:
+        """Compiles the decoder, hooks and all, for `activations`: its elementwise work fuses."""
+        self._forward = torch.compile(self.model.base_model.forward, dynamic=False)
+
+    @torch.no_grad()
+    def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, in one
+        forward pass without the LM head.
+
+        Padding on the right needs no attention mask: causal attention lets no earlier position see it.
+
+        Args:
+            input_ids: [sequences, tokens] token ids on the base's device.
+        """
+        captured: list[tuple[Tensor, Tensor]] = []
+
+        def capture(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            captured.append((inputs[0], output))
+
+        handles = [self.mlp(layer).register_forward_hook(capture) for layer in self.layers]
+        try:
+            self._forward(input_ids=input_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return dict(zip(self.layers, captured, strict=True))
+
+
+def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's list of layers: its longest ModuleList whose members hold an MLP."""
+    lists = [
+        (name, module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and any(MLP_NAMES.fullmatch(child) for child, _ in module[0].named_children())
+    ]
+    if not lists:
+        raise ValueError(
+            f"no MLPs found in {type(decoder).__name__}: expected a ModuleList of layers that each have a child "
+            "module named mlp, ffn or feed_forward"
+        )
+    return max(lists, key=lambda item: len(item[1]))
+
+
+def find_mlp_name(block: nn.Module) -> str:
+    return next(name for name, _ in block.named_children() if MLP_NAMES.fullmatch(name))
+
+
+def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    """The layers asked for, ascending; all where none are named.
+
+    Raises:
+        ValueError: where one does not exist.
+    """
+    missing = sorted(set(layers or ()) - set(range(num_layers)))
+    if missing:
+        raise ValueError(
+            f"the base has layers 0 to {num_layers - 1}, but layers {', '.join(map(str, missing))} were asked for; "
+            "name existing ones with --layers"
+        )
+    return sorted(set(layers)) if layers else list(range(num_layers))
+
+
+def linear_maps(mlp: nn.Module) -> dict[str, tuple[int, int]]:
+    """The (inputs, outputs) of each linear map in an MLP, by module name, in order of registration."""
+    widths = {}
+    for name, module in mlp.named_modules():
+        if isinstance(module, nn.Linear):
+            widths[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):  # GPT-2's linear layer keeps its weight transposed
+            widths[name] = tuple(module.weight.shape)
+    return widths
+
+
+def mlp_widths(mlp: nn.Module) -> tuple[int, int]:
+    """Width of an MLP's input and of its output."""
+    widths = list(linear_maps(mlp).values())
+    if len(widths) < 2:
+        raise ValueError(
+            f"{type(mlp).__name__} holds {len(widths)} linear maps: expected an MLP of two or more (mixtures of "
+            "experts and fused layers are not supported)"
+        )
+    return widths[0][0], widths[-1][1]
