@@ -1,0 +1,257 @@
+"""Every setting of a fit: its default, its meaning, its check, and how recipe files and flags set it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "pythia-410m"
+
+
+@dataclass
+class Recipe:
+    """A fit's settings. The defaults are the recipe `pythia-410m`; a recipe file or a flag outranks them."""
+
+    base: str = field(
+        default="EleutherAI/pythia-410m", metadata={"help": "The frozen decoder: a Hub id or a folder."}
+    )
+    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    dataset: str = field(
+        default="monology/pile-uncopyrighted",
+        metadata={
+            "help": "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, "
+            "parquet, py; a comma list or a glob) or python-stdlib."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration name."})
+    split: str = field(default="train", metadata={"help": "The split to fit on."})
+    text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
+    eval_split: str | None = field(
+        default="validation",
+        metadata={"help": "The held-out split measured at the end of the fit; 'none' leaves that out."},
+    )
+    eval_tokens: int = field(default=65536, metadata={"help": "Held-out tokens to measure on."})
+    layers: str | None = field(
+        default=None, metadata={"help": "Layers to fit, such as 0-5,9; all where left out."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the run goes; runs/RECIPE where left out."}
+    )
+    seq_len: int = field(default=128, metadata={"help": "Tokens a sequence."})
+    batch_size: int = field(default=512, metadata={"help": "Sequences a step, over all processes."})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences a process works on at once; chosen from the free device memory where left out."
+        },
+    )
+    max_steps: int = field(
+        default=3000, metadata={"help": "Optimiser steps; 0 publishes the start, closed form or random."}
+    )
+    form: Literal["bilinear", "input_sum"] = field(
+        default="bilinear", metadata={"help": "The transcoder's form."}
+    )
+    hidden_multiplier: float = field(
+        default=4.0, metadata={"help": "Hidden units of a transcoder, in units of its input's width."}
+    )
+    bias: bool = field(default=True, metadata={"help": "Give the transcoders' maps biases."})
+    init: Literal["mlp", "random"] = field(
+        default="mlp",
+        metadata={"help": "Start from the base's own MLP, in closed form, or from noise."},
+    )
+    init_tokens: int = field(
+        default=262144, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
+    )
+    optimizer: Literal["muon", "adamw"] = field(
+        default="muon", metadata={"help": "The matrices' optimiser; biases always go by AdamW."}
+    )
+    lr: float = field(default=0.02, metadata={"help": "Peak learning rate of the matrices."})
+    bias_lr: float = field(default=3e-4, metadata={"help": "Peak learning rate of the biases."})
+    lr_schedule: Literal["constant", "linear", "wsd"] = field(
+        default="linear",
+        metadata={"help": "Learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."},
+    )
+    momentum: float = field(default=0.95, metadata={"help": "Muon's momentum (Nesterov)."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of the matrices."})
+    normalization: Literal["batch", "running"] = field(
+        default="batch",
+        metadata={"help": "Statistics of the fit's z-scores: the batch's own, or all rows seen so far."},
+    )
+    pack: bool = field(
+        default=True,
+        metadata={
+            "help": "Fill sequences with text, an eos between documents; --no_pack truncates each document to one "
+            "sequence and leaves its padding out of every statistic."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=0,
+        metadata={"help": "Sequences held back and drawn from at random; 0 keeps the text's order."},
+    )
+    tokenizer_workers: int | None = field(
+        default=None, metadata={"help": "Tokenising processes; chosen from the cores where left out."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={
+            "help": "Compute type: auto is bfloat16 on CUDA (float32 master weights), float32 on the CPU."
+        },
+    )
+    compile: bool | None = field(
+        default=None, metadata={"help": "Compile the device code; on CUDA where left out."}
+    )
+    checkpoint_every: int = field(
+        default=500, metadata={"help": "Steps between checkpoints; 0: at the end only."}
+    )
+    resume: bool = field(
+        default=True, metadata={"help": "Go on from the newest checkpoint of the same recipe in output_dir."}
+    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
+        default="none", metadata={"help": "Tracker that each step's figures go to."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random start and of the shuffle."})
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values.
+
+        Raises:
+            ValueError: one sentence that names the field, what was expected and what came.
+        """
+        if isinstance(self.eval_split, str) and self.eval_split.lower() == "none":
+            self.eval_split = None
+        for name, least in {
+            "seq_len": 1,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "max_steps": 0,
+            "eval_tokens": 1,
+            "init_tokens": 1,
+            "shuffle_buffer": 0,
+            "tokenizer_workers": 0,
+            "checkpoint_every": 0,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("lr", "bias_lr", "hidden_multiplier"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name, hint in get_type_hints(Recipe).items():
+            choices = getattr(hint, "__args__", ())
+            if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.init == "mlp" and self.form != "bilinear":
+            raise ValueError(
+                f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random"
+            )
+        self.layer_indices()
+
+    def layer_indices(self) -> list[int] | None:
+        """The layers that `layers` names, ascending, or None for all.
+
+        Raises:
+            ValueError: where it does not read like 0-5,9.
+        """
+        if self.layers is None:
+            return None
+        indices: set[int] = set()
+        for part in str(self.layers).split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if last < first:
+                raise ValueError(f"layers must read like 0-5,9, got {self.layers!r}")
+            indices.update(range(first, last + 1))
+        return sorted(indices)
+
+    def n_hidden(self, n_inputs: int) -> int:
+        """Hidden units of a transcoder whose input has this width.
+
+        Raises:
+            ValueError: where that is none.
+        """
+        units = round(self.hidden_multiplier * n_inputs)
+        if units < 1:
+            raise ValueError(
+                f"n_hidden must be at least 1, got {units} from hidden_multiplier {self.hidden_multiplier} and "
+                f"inputs of width {n_inputs}; raise --hidden_multiplier"
+            )
+        return units
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe that is named or given by its path.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for path in (RECIPES / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"no recipe {name!r}: expected one of {known}, or a YAML file")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a recipe file.
+
+    Raises:
+        ValueError: where it is no YAML mapping or names a field that no recipe has.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one setting a line, got a {type(settings).__name__}")
+    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(Recipe)})
+    if unknown:
+        raise ValueError(f"{path} sets {', '.join(unknown)}, which no recipe has")
+    return settings
+
+
+def parse_recipe(arguments: list[str] | None = None) -> Recipe:
+    """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file.
+
+    Exits with a usage message on an unknown flag.
+
+    Raises:
+        ValueError: on an impossible value.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(
+        Recipe, allow_abbrev=False, description="Fits the transcoders of a base's layers."
+    )
+    parser.add_argument(
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        help=f"A recipe by name or YAML file. Defaults to {DEFAULT_RECIPE}; here are "
+        + ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))),
+    )
+    name = parser.parse_known_args(arguments)[0].recipe
+    path = recipe_file(name)
+    parser.set_defaults(**read_settings(path))
+    values = vars(parser.parse_args(arguments))
+    values.pop("recipe")
+    if values["output_dir"] is None:
+        values["output_dir"] = f"runs/{path.stem}"
+    return Recipe(**values)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes every setting as used."""
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
