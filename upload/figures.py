@@ -1,0 +1,256 @@
+"""The figures of a run: all layers side by side, and their training curves.
+
+`python upload/figures.py RUN` writes them into RUN/figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from bilinear_tc.upload.results import Results, layer_folders, read_history, read_results
+
+COMPARISON = "all_layers_comparison.png"
+LAYERS_A_FIGURE = 6
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "#d9d9d9",
+    "grid.linewidth": 0.4,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.8,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+}
+BILINEAR = {"color": "#0b4f8a", "marker": "o", "linestyle": "-"}
+AFFINE = {"color": "#c2570c", "marker": "s", "linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
+
+# Colours from Okabe and Ito's colour-blind-safe set (its yellow and sky blue left out, too pale for print);
+# line style and marker tell the six apart without them.
+CURVES = (
+    {"color": "#000000", "linestyle": "-", "marker": "o"},
+    {"color": "#d55e00", "linestyle": "-", "marker": "s", "markerfacecolor": "white"},
+    {"color": "#0072b2", "linestyle": (0, (5, 1.5)), "marker": "^"},
+    {"color": "#a3457a", "linestyle": (0, (5, 1.5)), "marker": "v", "markerfacecolor": "white"},
+    {"color": "#009e73", "linestyle": (0, (1, 1)), "marker": "D"},
+    {"color": "#7a5c00", "linestyle": (0, (1, 1)), "marker": "P", "markerfacecolor": "white"},
+)
+
+
+def draw_figures(repository: Path) -> list[Path]:
+    """Draws a run's figures into its folder `figures` and removes training curves of an earlier set of layers.
+
+    Args:
+        repository: a run, or the repository built from one.
+
+    Returns:
+        The files written: `all_layers_comparison.png`, then `training_curves_overlaid_layers_{a}_{b}.png` for
+        every six layers that have a training history (a fit of no steps has none).
+
+    Raises:
+        ValueError: where the folder holds no layers, or a layer has neither held-out scores nor a history.
+    """
+    results = read_results(repository)
+    folders = layer_folders(repository)
+    histories = {layer: read_history(folder) for layer, folder in folders.items()}
+    folder = repository / "figures"
+    folder.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        written = [save(comparison(results), folder / COMPARISON)]
+        for layers in sixes(list(folders)):
+            curves = {layer: histories[layer] for layer in layers if len(histories[layer]["step"])}
+            if curves:
+                path = folder / f"training_curves_overlaid_layers_{layers[0]}_{layers[-1]}.png"
+                written.append(save(training_curves(curves), path))
+    for stale in set(folder.glob("training_curves_overlaid_layers_*.png")) - set(written):
+        stale.unlink()
+    return written
+
+
+def sixes(layers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The layers, six at a time."""
+    for start in range(0, len(layers), LAYERS_A_FIGURE):
+        yield layers[start : start + LAYERS_A_FIGURE]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure whole or not at all; without the program's version, so that equal figures are equal files."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", metadata={"Software": None})
+    os.replace(partial, path)
+    return path
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, size in inches, bound to the renderer that writes files without a display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def comparison(results: Results) -> Figure:
+    """FVU (log scale) and variance explained of every layer, beside the best affine map's where it is known."""
+    figure = new_figure(6.75, 2.7)
+    left, right = figure.subplots(1, 2)
+    measured = "Held-out" if results.held_out else "Training-batch"
+    affine = results.values("fvu_linear")
+    draw_layers(left, results.values("fvu"), affine)
+    left.set_yscale("log")
+    left.set_ylabel(f"{measured} FVU")
+    log_ticks(left)
+    explained = {layer: 100 * value for layer, value in results.values("variance_explained").items()}
+    draw_layers(right, explained, {layer: 100 * (1 - fvu) for layer, fvu in affine.items()})
+    right.set_ylabel(f"{measured}\nvariance explained (%)")
+    right.set_ylim(top=100)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=3.2)
+    return figure
+
+
+def draw_layers(axes: Axes, bilinear: dict[int, float], affine: dict[int, float]) -> None:
+    """One value a layer for the transcoders and, where known, the affine maps; the transcoders' mean dotted."""
+    size = 3.8 if len(bilinear) <= 24 else 2.6
+    for values, style, name in ((bilinear, BILINEAR, "bilinear transcoder"), (affine, AFFINE, "best affine map")):
+        if values:
+            axes.plot(*with_gaps(values), label=name, markersize=size, clip_on=False, **style)
+    if len(bilinear) > 1:
+        mean = float(np.mean(list(bilinear.values())))
+        axes.axhline(mean, color="#404040", linewidth=0.8, linestyle=":", label="transcoders' mean", zorder=1)
+    axes.set_xlabel("Layer")
+    axes.set_xlim(min(bilinear) - 0.7, max(bilinear) + 0.7)
+    if len(bilinear) <= 12:
+        axes.set_xticks(list(bilinear))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, steps=[1, 2, 3, 4, 5, 10]))
+
+
+def with_gaps(values: dict[int, float]) -> tuple[list[float], list[float]]:
+    """Layers and values to plot, with a break in the line where layers between them were not fitted."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for layer, value in sorted(values.items()):
+        if xs and layer != xs[-1] + 1:
+            xs.append(float("nan"))
+            ys.append(float("nan"))
+        xs.append(layer)
+        ys.append(value)
+    return xs, ys
+
+
+def training_curves(histories: dict[int, dict[str, np.ndarray]]) -> Figure:
+    """FVU of the training batches by step (log scale), a curve a layer, each named with its last value."""
+    figure = new_figure(5.2, 3.1)
+    axes = figure.subplots()
+    ends = {}
+    window = 1
+    for index, (layer, history) in enumerate(histories.items()):
+        window = max(1, len(history["fvu"]) // 100)
+        steps, fvu = smooth(history["step"], window), smooth(history["fvu"], window)
+        curve = CURVES[index]
+        # staggered, so that markers of neighbouring curves do not hide each other
+        every = max(1, len(steps) // 7)
+        axes.plot(steps, fvu, markevery=(index * every // LAYERS_A_FIGURE, every), **curve)
+        ends[layer] = (float(steps[-1]), float(fvu[-1]), curve["color"])
+    axes.set_yscale("log")
+    axes.set_xlabel("Optimiser step")
+    mean = f"\n(running mean over {window} steps)" if window > 1 else ""
+    axes.set_ylabel(f"Training-batch FVU{mean}")
+    axes.margins(x=0.02)
+    log_ticks(axes)
+    label_ends(axes, ends)
+    return figure
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean: [n] → [n − window + 1]."""
+    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+def log_ticks(axes: Axes) -> None:
+    """Plain numbers on a log-scaled y axis, close enough together that there are always several."""
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low)
+    if decades < 0.6:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=range(1, 10)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def label_ends(axes: Axes, ends: dict[int, tuple[float, float, str]]) -> None:
+    """Names each curve (layer: last x, last y, colour) at its end, moved apart where they would overlap."""
+    low, high = np.log10(axes.get_ylim())
+    heights = {layer: (np.log10(y) - low) / (high - low) for layer, (_, y, _) in ends.items()}
+    order = sorted(heights, key=heights.__getitem__)
+    places = spread([heights[layer] for layer in order], gap=0.062)
+    for layer, place in zip(order, places, strict=True):
+        x, y, color = ends[layer]
+        axes.annotate(
+            f"layer {layer}:  {y:#.3g}",
+            xy=(x, y),
+            xytext=(1.06, place),
+            textcoords="axes fraction",
+            fontsize=7,
+            color=color,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3},
+        )
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Moves ascending positions as little as possible (in least squares) until neighbours are `gap` apart.
+
+    With zᵢ = positionᵢ − i·gap the condition says that z does not descend, and the pool-adjacent-violators
+    algorithm gives the nearest such z.
+    """
+    blocks: list[tuple[float, int]] = []  # mean of z, number of positions
+    for index, position in enumerate(positions):
+        mean, count = position - index * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            other, others = blocks.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    return [z + index * gap for index, z in enumerate(flat)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draws a run's figures into RUN/figures.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
+    try:
+        for path in draw_figures(parser.parse_args(arguments).run):
+            print(path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
