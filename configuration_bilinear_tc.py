@@ -1,0 +1,77 @@
+"""Configuration of a bilinear transcoder: its shape, and the MLP that it stands in for."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+from transformers import PretrainedConfig
+
+FORMS = ("bilinear", "input_sum")
+
+
+class BilinearTCConfig(PretrainedConfig):
+    """Shape of a `BilinearTC`, and where it belongs.
+
+    Args:
+        n_inputs: width of the MLP's input.
+        n_hidden: number of bilinear units.
+        n_outputs: width of the MLP's output.
+        bias: whether the linear maps carry a bias (in form `input_sum` only `W_left` ever does).
+        form: `"bilinear"` for `head(left(x) ⊙ right(x))`, or `"input_sum"` for
+            `W_left((Σᵢ xᵢ) · (W_right x))`.
+        base_model: the language model whose MLP the transcoder stands in for, as a Hub id or a folder.
+        base_revision: revision of that model.
+        layer_index: index of the layer in that model, counted from 0.
+        mlp_path: the MLP's module path inside the causal language model, e.g. `"gpt_neox.layers.3.mlp"`.
+
+    The three widths have no defaults. They may be left out only because transformers itself builds
+    `BilinearTCConfig()` to compare against; a model cannot be built from it.
+
+    Raises:
+        ValueError: a width that is not a whole number of at least 1, an unknown form, or a negative layer index.
+    """
+
+    model_type = "bilinear_tc"
+
+    def __init__(
+        self,
+        n_inputs: int | None = None,
+        n_hidden: int | None = None,
+        n_outputs: int | None = None,
+        bias: bool = True,
+        form: str = "bilinear",
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        layer_index: int | None = None,
+        mlp_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}.")
+        self.n_inputs = _whole_number("n_inputs", n_inputs, at_least=1)
+        self.n_hidden = _whole_number("n_hidden", n_hidden, at_least=1)
+        self.n_outputs = _whole_number("n_outputs", n_outputs, at_least=1)
+        self.bias = bool(bias)
+        self.form = form
+        self.base_model = base_model
+        self.base_revision = base_revision
+        self.layer_index = _whole_number("layer_index", layer_index, at_least=0)
+        self.mlp_path = mlp_path
+        super().__init__(**kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        # transformers 5 turns every configuration into a dataclass, whose own == would compare only the
+        # fields that it declares itself.
+        return type(other) is type(self) and self.__dict__ == other.__dict__
+
+
+def _whole_number(name: str, value: int | None, at_least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, not {value!r}.")
+    return int(value)
+
+
+BilinearTCConfig.register_for_auto_class("AutoConfig")

@@ -1,0 +1,429 @@
+"""A bilinear transcoder: stands in for one MLP of a language model, with no element-wise non-linearity.
+
+    x̂ = (x − input_mean) / input_std
+    ŷ = head( left(x̂) ⊙ right(x̂) )
+    y = ŷ · output_std + output_mean
+
+Every output direction is therefore an exact quadratic form in the MLP's input, which `BilinearTC.quadratic_form`
+reads from the weights. This file and `configuration_bilinear_tc.py` need only torch and transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .configuration_bilinear_tc import BilinearTCConfig
+
+STATISTICS = ("input_mean", "input_std", "output_mean", "output_std")
+
+
+class QuadraticForm(NamedTuple):
+    """`u·y = xᵀ Q x + b·x + c` for an output direction `u`; `...` are the direction's leading dimensions."""
+
+    quadratic: Tensor  # Q [..., n_inputs, n_inputs], symmetric
+    linear: Tensor  # b [..., n_inputs]
+    constant: Tensor  # c [...]
+
+
+class Spectrum(NamedTuple):
+    """Eigen-decomposition of a symmetric Q, the eigenvalue of largest magnitude first."""
+
+    eigenvalues: Tensor  # [..., n_inputs]
+    eigenvectors: Tensor  # [..., n_inputs, n_inputs]; column k, [..., :, k], belongs to eigenvalue k
+
+
+class BilinearTC(PreTrainedModel):
+    """Bilinear transcoder of one MLP: raw MLP inputs [..., n_inputs] to raw MLP outputs [..., n_outputs].
+
+    In form `bilinear` the parameters are the linear maps `left`, `right` (n_inputs → n_hidden) and `head`
+    (n_hidden → n_outputs). In form `input_sum` they are `W_right` (n_inputs → n_hidden, no bias) and `W_left`
+    (n_hidden → n_outputs). The z-score statistics `input_mean`, `input_std` [n_inputs] and `output_mean`,
+    `output_std` [n_outputs] are persistent buffers, 0 and 1 in a new model. They stay in float32 (or wider)
+    when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input.
+
+    Example:
+        >>> base = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-410m")
+        >>> tc = AutoModel.from_pretrained(repo, subfolder="layer_3", trust_remote_code=True)
+        >>> x, y = tc.capture(base, input_ids=input_ids)
+        >>> unexplained = (y - tc(x)).square().sum() / (y - y.mean((0, 1))).square().sum()
+        >>> with tc.attached(base):
+        ...     logits = base(input_ids=input_ids).logits
+    """
+
+    config_class = BilinearTCConfig
+    main_input_name = "x"
+    _no_split_modules: ClassVar[list[str]] = ["BilinearTC"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = list(STATISTICS)  # when loaded in float16
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(STATISTICS)  # and in bfloat16
+
+    def __init__(self, config: BilinearTCConfig) -> None:
+        super().__init__(config)
+        for name in ("n_inputs", "n_hidden", "n_outputs"):
+            if getattr(config, name) is None:
+                raise ValueError(f"A BilinearTC cannot be built without {name}: set it in the BilinearTCConfig.")
+        if config.form == "bilinear":
+            self.left = nn.Linear(config.n_inputs, config.n_hidden, bias=config.bias)
+            self.right = nn.Linear(config.n_inputs, config.n_hidden, bias=config.bias)
+            self.head = nn.Linear(config.n_hidden, config.n_outputs, bias=config.bias)
+        else:
+            self.W_right = nn.Linear(config.n_inputs, config.n_hidden, bias=False)
+            self.W_left = nn.Linear(config.n_hidden, config.n_outputs, bias=config.bias)
+        dtype = _at_least_float32(torch.get_default_dtype())
+        self.register_buffer("input_mean", torch.zeros(config.n_inputs, dtype=dtype))
+        self.register_buffer("input_std", torch.ones(config.n_inputs, dtype=dtype))
+        self.register_buffer("output_mean", torch.zeros(config.n_outputs, dtype=dtype))
+        self.register_buffer("output_std", torch.ones(config.n_outputs, dtype=dtype))
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map MLP inputs to MLP outputs.
+
+        Args:
+            x: raw MLP inputs [..., n_inputs] of any floating-point dtype. The z-scores are computed in float32
+                or wider, the products in the dtype of the model's weights.
+
+        Returns:
+            Raw MLP outputs [..., n_outputs], in the dtype of the model's weights.
+
+        Raises:
+            ValueError: x is not a floating-point tensor whose last dimension is n_inputs.
+        """
+        n_inputs = self.input_mean.shape[0]
+        if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != n_inputs:
+            raise ValueError(
+                f"A BilinearTC takes floating-point MLP inputs of shape [..., {n_inputs}], "
+                f"not {x.dtype} of shape {list(x.shape)}."
+            )
+        dtype = self._last_map.weight.dtype
+        x = (_widened(x) - self.input_mean) / self.input_std
+        y = _widened(self.normalized_forward(x.to(dtype)))
+        return (y * self.output_std + self.output_mean).to(dtype)
+
+    def normalized_forward(self, x: Tensor) -> Tensor:
+        """Map z-scored inputs x̂ [..., n_inputs] to z-scored outputs ŷ [..., n_outputs]; this is what a fit trains.
+
+        Form `input_sum` is the published formula `W_left @ (x ⊙ (W_right @ x)) + bias` with the product read as an
+        outer product summed over the input axis: Σᵢ xᵢ · (W_right x), computed without the outer product.
+        """
+        if self.config.form == "bilinear":
+            return self.head(self.left(x) * self.right(x))
+        return self.W_left(x.sum(-1, keepdim=True) * self.W_right(x))
+
+    @torch.no_grad()
+    def capture(self, base: nn.Module, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run the base up to this layer's MLP, and return what enters and leaves it.
+
+        Inside `attached` the input is the one that the base as spliced produces, and the output is still the true
+        MLP's on it.
+
+        Args:
+            base: the language model, with its language-model head or without.
+            inputs: arguments of the base's forward pass, such as `input_ids` [batch, seq].
+
+        Returns:
+            The MLP's input [batch, seq, n_inputs] and its output [batch, seq, n_outputs], without gradients.
+
+        Raises:
+            ValueError: the base does not have this transcoder's MLP, or its widths differ.
+            RuntimeError: the forward pass never came to that MLP.
+        """
+        mlp = self._find_mlp(base)
+        true_forward = _true_forward(mlp)
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            raise _Captured(self._only_tensor(args, kwargs), true_forward(*args, **kwargs))
+
+        try:
+            with _forward_replaced(mlp, record), _eager():
+                base(*args, **inputs)
+        except _Captured as captured:
+            x, y = captured.args
+        else:
+            raise RuntimeError(f"The base's forward pass never came to {self.config.mlp_path}.")
+        self._check_mlp_output(y)
+        if (x.shape[-1], y.shape[-1]) != (self.config.n_inputs, self.config.n_outputs):
+            raise ValueError(f"{self._belongs()} in this base it maps width {x.shape[-1]} to {y.shape[-1]}.")
+        return x, y
+
+    @contextmanager
+    def attached(self, base: nn.Module) -> Iterator[nn.Module]:
+        """While the context lasts, the base runs with this transcoder in place of its MLP.
+
+        The base's modules, parameters and hooks stay as they are: only the MLP's `forward` is replaced, and put back on
+        exit, also after an exception. The transcoder computes on its own device and in its own dtype; its output
+        goes to the device and dtype of the MLP's input. Gradients flow through it. Contexts may be nested.
+
+        Args:
+            base: the language model, with its language-model head or without.
+
+        Yields:
+            The base.
+
+        Raises:
+            ValueError: the base does not have this transcoder's MLP, its widths differ, or it takes or returns more
+                than one tensor.
+        """
+        mlp = self._find_mlp(base)
+        self._check_replaceable(mlp, base)
+
+        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+            x = self._only_tensor(args, kwargs)
+            return self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
+
+        with _forward_replaced(mlp, stand_in):
+            yield base
+
+    @torch.no_grad()
+    def folded(self) -> BilinearTC:
+        """The same map as a transcoder of form `bilinear` with the z-scores folded into its weights and biases.
+
+        Its statistics are 0 and 1, so its weights act on raw MLP inputs and outputs. It has biases, and is at least
+        in float32. Folded means that are far larger than the standard deviations cost digits: fold a model in
+        float64 where that matters.
+        """
+        config = copy.deepcopy(self.config)
+        config.form, config.bias = "bilinear", True
+        with torch.device("meta"):
+            folded = BilinearTC(config)
+        dtype = _at_least_float32(self._last_map.weight.dtype)
+        raw = self._raw_weights()
+        state = {name: tensor.to(self.input_mean.device, dtype).contiguous() for name, tensor in raw.items()}
+        for name in STATISTICS:
+            fill = torch.zeros_like if name.endswith("mean") else torch.ones_like
+            state[name] = fill(getattr(self, name), dtype=dtype)
+        folded.load_state_dict(state, assign=True)
+        return folded.train(self.training)
+
+    @torch.no_grad()
+    def quadratic_form(self, direction: Tensor) -> QuadraticForm:
+        """The exact quadratic form that one output direction is in the raw MLP input.
+
+        With left(x) = L x + l, right(x) = R x + r, head(h) = H h + η after folding, and g = Hᵀu:
+        Q = ½ (Lᵀ diag(g) R + Rᵀ diag(g) L), b = Lᵀ(g ⊙ r) + Rᵀ(g ⊙ l), c = g·(l ⊙ r) + u·η.
+
+        Args:
+            direction: u [..., n_outputs].
+
+        Returns:
+            `QuadraticForm(Q, b, c)` with u·y = xᵀQx + b·x + c, computed in float64 and returned in the dtype of the
+            weights, or float32 if that is wider.
+
+        Raises:
+            ValueError: the direction's last dimension is not n_outputs.
+        """
+        dtype = _at_least_float32(self._last_map.weight.dtype)
+        return QuadraticForm(*(part.to(self.input_mean.device, dtype) for part in self._quadratic_form(direction)))
+
+    @torch.no_grad()
+    def spectrum(self, direction: Tensor) -> Spectrum:
+        """Eigenvalues and eigenvectors of `quadratic_form(direction)`'s Q, by magnitude, the largest first.
+
+        Args:
+            direction: u [..., n_outputs].
+
+        Returns:
+            `Spectrum(eigenvalues [..., n_inputs], eigenvectors [..., n_inputs, n_inputs])`, orthonormal columns.
+
+        Raises:
+            ValueError: the direction's last dimension is not n_outputs.
+        """
+        values, vectors = torch.linalg.eigh(self._quadratic_form(direction).quadratic)
+        order = values.abs().argsort(dim=-1, descending=True, stable=True)
+        values = values.gather(-1, order)
+        vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+        dtype = _at_least_float32(self._last_map.weight.dtype)
+        device = self.input_mean.device
+        return Spectrum(values.to(device, dtype), vectors.to(device, dtype))
+
+    @property
+    def _last_map(self) -> nn.Linear:
+        return self.head if self.config.form == "bilinear" else self.W_left
+
+    def _raw_weights(self) -> dict[str, Tensor]:
+        """Weights and biases of `folded`, named as its parameters, in float64."""
+        wide = {name: _float64(tensor) for name, tensor in self.state_dict().items()}
+        if self.config.form == "input_sum":
+            wide["left.weight"] = torch.ones_like(wide["W_right.weight"])
+            wide["right.weight"] = wide["W_right.weight"]
+            wide["head.weight"] = wide["W_left.weight"]
+            if self.config.bias:
+                wide["head.bias"] = wide["W_left.bias"]
+        raw = {}
+        for name in ("left", "right"):
+            raw[f"{name}.weight"] = wide[f"{name}.weight"] / wide["input_std"]
+            raw[f"{name}.bias"] = wide.get(f"{name}.bias", 0) - raw[f"{name}.weight"] @ wide["input_mean"]
+        raw["head.weight"] = wide["head.weight"] * wide["output_std"].unsqueeze(-1)
+        raw["head.bias"] = wide.get("head.bias", 0) * wide["output_std"] + wide["output_mean"]
+        return raw
+
+    def _quadratic_form(self, direction: Tensor) -> QuadraticForm:
+        n_outputs = self.config.n_outputs
+        if direction.ndim == 0 or direction.shape[-1] != n_outputs:
+            raise ValueError(f"An output direction has shape [..., {n_outputs}], not {list(direction.shape)} as given.")
+        raw = self._raw_weights()
+        left, right, left_bias, right_bias = (
+            raw[name] for name in ("left.weight", "right.weight", "left.bias", "right.bias")
+        )
+        u = _float64(direction).to(left.device)
+        g = u @ raw["head.weight"]  # [..., n_hidden]
+        half = (left.T * g.unsqueeze(-2)) @ right  # [..., n_inputs, n_inputs]
+        return QuadraticForm(
+            quadratic=(half + half.mT) / 2,
+            linear=(g * right_bias) @ left + (g * left_bias) @ right,
+            constant=g @ (left_bias * right_bias) + u @ raw["head.bias"],
+        )
+
+    def _find_mlp(self, base: nn.Module) -> nn.Module:
+        """This transcoder's MLP in a causal language model, in the inner model of one, or in a wrapper (torch.compile,
+        peft) of either."""
+        path = self.config.mlp_path
+        if path is None:
+            raise ValueError(
+                "This transcoder does not say which MLP it stands in for: set tc.config.mlp_path, "
+                "e.g. 'gpt_neox.layers.3.mlp'."
+            )
+        if not isinstance(base, nn.Module):
+            raise ValueError(f"The base must be a loaded model (a torch module), not {type(base).__name__}.")
+        modules = dict(base.named_modules())
+        inner_path = path.removeprefix(f"{getattr(base, 'base_model_prefix', '')}.")
+        for name in (path, inner_path):
+            if name in modules:
+                return modules[name]
+            wrapped = [module for where, module in modules.items() if where.endswith(f".{name}")]
+            if len(wrapped) == 1:
+                return wrapped[0]
+        raise ValueError(f"{self._belongs()} this base ({type(base).__name__}) has no module of that name.")
+
+    def _belongs(self) -> str:
+        home = f" of {self.config.base_model}" if self.config.base_model else ""
+        return (
+            f"This transcoder stands in for {self.config.mlp_path}{home}, "
+            f"from width {self.config.n_inputs} to {self.config.n_outputs}, but"
+        )
+
+    def _check_replaceable(self, mlp: nn.Module, base: nn.Module) -> None:
+        """Try the true MLP on one row of zeros: no reading of its weights could tell as surely what it takes and
+        returns."""
+        weights = [*mlp.parameters(), *base.parameters()]
+        device = torch.device("cpu") if weights[0].is_meta else weights[0].device  # an offloaded MLP's hook moves it
+        dtype = next(w.dtype for w in weights if w.is_floating_point() and w.dtype.itemsize > 1)  # not quantised
+        zeros = torch.zeros(1, 1, self.config.n_inputs, dtype=dtype, device=device)
+        generators = [device] if device.type == "cuda" else []
+        try:
+            with torch.no_grad(), _hooks_silenced(mlp), torch.random.fork_rng(generators):
+                y = _true_forward(mlp)(zeros)
+        except (RuntimeError, TypeError, ValueError) as error:
+            hidden_size = getattr(getattr(base, "config", None), "hidden_size", "unknown")
+            raise ValueError(
+                f"{self._belongs()} in this base (hidden size {hidden_size}) it does not take one tensor of that width."
+            ) from error
+        self._check_mlp_output(y)
+        if y.shape[-1] != self.config.n_outputs:
+            raise ValueError(f"{self._belongs()} in this base it returns width {y.shape[-1]}.")
+
+    def _check_mlp_output(self, y: Any) -> None:
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{self._belongs()} in this base it returns a {type(y).__name__}, not one tensor.")
+
+    def _only_tensor(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != 1:
+            raise ValueError(f"{self._belongs()} in this base it takes {len(tensors)} tensors, not one.")
+        return tensors[0]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """torch's own initialisation of a Linear, uniform in ±1/√fan_in, and identity statistics; what a checkpoint
+        has loaded already is left alone."""
+        if isinstance(module, nn.Linear):
+            if _is_missing(module.weight):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None and _is_missing(module.bias):
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.bias, -bound, bound)
+        elif module is self:
+            for name in STATISTICS:
+                if _is_missing(getattr(self, name)):
+                    nn.init.constant_(getattr(self, name), 0.0 if name.endswith("mean") else 1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BilinearTC:
+        """Every cast and move of a module comes through here: the statistics move, but are not narrowed."""
+        before = {name: getattr(self, name) for name in STATISTICS}
+        super()._apply(fn, recurse)
+        for name, statistic in before.items():
+            device, dtype = getattr(self, name).device, getattr(self, name).dtype
+            if dtype != _at_least_float32(dtype):
+                setattr(self, name, statistic.to(device, _at_least_float32(dtype)))
+        return self
+
+
+class _Captured(Exception):
+    """Stops a forward pass once the MLP has run; carries the MLP's input and output."""
+
+
+def _true_forward(mlp: nn.Module) -> Callable[..., Any]:
+    """The MLP's own forward, also while a transcoder is attached."""
+    return getattr(mlp.forward, "true_forward", mlp.forward)
+
+
+@contextmanager
+def _forward_replaced(mlp: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    forward.true_forward = _true_forward(mlp)
+    # A module has a `forward` of its own, beside its class's, where another library or a transcoder has put one.
+    previous = vars(mlp).get("forward")
+    mlp.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del mlp.forward
+        else:
+            mlp.forward = previous
+
+
+@contextmanager
+def _hooks_silenced(module: nn.Module) -> Iterator[None]:
+    """Forward hooks that the caller has put inside the module do not see what runs in this context."""
+    tables = [table for part in module.modules() for table in (part._forward_hooks, part._forward_pre_hooks)]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+def _eager() -> Any:
+    """torch.compile cannot trace a pass that ends in an exception; torch before 2.6 has no switch for it."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+def _is_missing(tensor: Tensor) -> bool:
+    """Whether transformers (4.57 and later mark each tensor) has not loaded it from a checkpoint."""
+    return not getattr(tensor, "_is_hf_initialized", False)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(_at_least_float32(tensor.dtype))
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    # Apple's MPS has no float64: such tensors are computed with on the CPU.
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
+BilinearTC.register_for_auto_class("AutoModel")
