@@ -1,0 +1,123 @@
+"""A layer loads the way users load models: by repository id over HTTP, or from a folder, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from tiny_run import write_tiny_run
+
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+
+# Only torch and transformers: the package itself is out of reach, as it is for a reader of the Hub.
+LOADER = """
+import json, sys
+sys.modules["bilinear_tc"] = None
+import torch
+from transformers import AutoConfig, AutoModel
+
+out, where, loads = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+outputs = []
+for load in loads:
+    config = AutoConfig.from_pretrained(where, trust_remote_code=True, **load)
+    model = AutoModel.from_pretrained(where, trust_remote_code=True, **load)
+    assert config.to_dict() == model.config.to_dict(), (config, model.config)
+    x = torch.linspace(-2, 2, 6 * config.n_inputs).reshape(2, 3, config.n_inputs)
+    with torch.no_grad():
+        outputs.append((config.layer_index, type(model).__name__, model(x)))
+torch.save(outputs, out)
+"""
+
+
+def load_in_fresh_process(where: str | Path, loads: list[dict[str, str]], environment: dict[str, str], out: Path):
+    """Layer index, class name and output on a fixed input of every load, from a process that starts with nothing."""
+    command = [sys.executable, "-c", LOADER, str(out), str(where), json.dumps(loads)]
+    done = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def saved_output(run: Path, layer: int) -> torch.Tensor:
+    model = BilinearTC.from_pretrained(run / f"layer_{layer}")
+    x = torch.linspace(-2, 2, 6 * model.config.n_inputs).reshape(2, 3, model.config.n_inputs)
+    with torch.no_grad():
+        return model(x)
+
+
+def run_files(run: Path) -> dict[str, bytes | Path]:
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
+    return {path.relative_to(run).as_posix(): path for path in files}
+
+
+def test_layers_load_over_http_at_every_kind_of_revision(tmp_path: Path) -> None:
+    old = write_tiny_run(tmp_path / "old", layers=(0, 3), seed=1)
+    new = write_tiny_run(tmp_path / "new", layers=(0, 3), seed=2)
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.put("tester/set", run_files(old))
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        api.create_branch("tester/set", branch="feature/old", revision=commit)
+        api.create_tag("tester/set", tag="v1", revision=commit)
+        hub.put("tester/set", run_files(new))
+        at_old = [{"subfolder": "layer_3", "revision": revision} for revision in (commit, "feature/old", "v1")]
+        loads = [{"subfolder": "layer_0"}, {"subfolder": "layer_3"}, *at_old]
+        environment = hub.environment(tmp_path / "home")
+        outputs = load_in_fresh_process("tester/set", loads, environment, tmp_path / "outputs.pt")
+        assert not hub.leaks
+    expected = [saved_output(new, 0), saved_output(new, 3), *[saved_output(old, 3)] * 3]
+    assert [(layer, name) for layer, name, _ in outputs] == [(0, "BilinearTC")] + [(3, "BilinearTC")] * 4
+    for (_, _, output), wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(output, wanted)
+    assert not torch.equal(expected[1], expected[2])
+
+
+def test_layers_load_from_a_folder(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(0, 3), form="input_sum")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    loads = [{"subfolder": "layer_0"}, {"subfolder": "layer_3"}]
+    outputs = load_in_fresh_process(run, loads, environment, tmp_path / "outputs.pt")
+    for (layer, _, output), wanted in zip(outputs, (0, 3), strict=True):
+        assert layer == wanted
+        assert torch.equal(output, saved_output(run, wanted))
+
+
+def test_a_private_set_loads_with_a_token_only(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(3,))
+    with HubServer(tmp_path / "hub") as hub:
+        hub.create("tester/secret", private=True)
+        hub.put("tester/secret", run_files(run))
+        environment = hub.environment(tmp_path / "home", token=hub.read_token)
+        [(_, _, output)] = load_in_fresh_process(
+            "tester/secret", [{"subfolder": "layer_3"}], environment, tmp_path / "o"
+        )
+        assert torch.equal(output, saved_output(run, 3))
+        with pytest.raises(RepositoryNotFoundError):
+            HfApi(endpoint=hub.url, token=False).model_info("tester/secret")
+        assert not hub.leaks
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "revision", "path", "error"),
+    [
+        ("tester/none", "main", "a.txt", RepositoryNotFoundError),
+        ("tester/set", "none", "a.txt", RevisionNotFoundError),
+        ("tester/set", "main", "none.txt", EntryNotFoundError),
+    ],
+)
+def test_the_server_refuses_as_the_hub_does(
+    tmp_path: Path, repo_id: str, revision: str, path: str, error: type[HfHubHTTPError]
+) -> None:
+    with HubServer(tmp_path / "hub") as hub:
+        hub.put("tester/set", {"a.txt": b"text", "b.bin": bytes(1000)})
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        with pytest.raises(error):
+            api.hf_hub_download(repo_id, path, revision=revision, cache_dir=tmp_path / "cache")
+        kept = api.hf_hub_download("tester/set", "b.bin", cache_dir=tmp_path / "cache")
+        assert Path(kept).read_bytes() == bytes(1000)
