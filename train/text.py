@@ -2,11 +2,103 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
+import os
 import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import datasets
+import fsspec
+import zstandard
+
 PYTHON_STDLIB = "python-stdlib"
+COMPRESSIONS = (".zst", ".gz", ".bz2", ".xz")
+FILE_FORMATS = {".txt": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+READ_BYTES = 1 << 20
+
+
+class TextError(RuntimeError):
+    """A text source that cannot be found, read or used; the message is one sentence for the user."""
+
+
+class Documents:
+    """A resumable stream of documents, one pass over a text source.
+
+    Iterating goes on from the stream's position, which is the beginning at first and again after a full
+    pass. Empty documents are left out.
+
+    Args:
+        dataset: one of
+            - a dataset on the Hub, such as "monology/pile-uncopyrighted";
+            - a folder in a Hub dataset's layout (data files, with or without a README.md that describes them);
+            - files: a path, a glob, or several of them separated by commas. A .txt or .py file is one document,
+              a .jsonl, .json or .parquet file has one a row; .zst, .gz, .bz2 and .xz are decompressed;
+            - "python-stdlib": the files of `python_stdlib_files`, one document each.
+        config: the dataset's configuration, for a Hub id or folder that has several.
+        split: which part to read. Files have one split, "train"; python-stdlib has "train" and "validation".
+        text_column: the column that holds the text.
+
+    Raises:
+        TextError: here, if the source, its configuration, split or text column does not exist or there is no
+            text in it; while iterating, if a file is unreadable or cut short, a line is not JSON, or a text is
+            not a string. The file is named, and its line where it has lines. Documents handed out before stay
+            good, and so does a position taken before.
+    """
+
+    def __init__(
+        self, dataset: str, *, config: str | None = None, split: str = "train", text_column: str = "text"
+    ) -> None:
+        self.name = dataset
+        self._column = text_column
+        self._stream, self._files = _open(dataset, config, split, text_column)
+        self._source = _fingerprint(self._files or [dataset])
+        self._start = self._stream.state_dict()
+        self._position: dict | None = self._start
+        if next(iter(self), None) is None:
+            raise TextError(f"the split {split!r} of {dataset!r} holds no text; choose another dataset or split")
+        self._position = self._start
+
+    def __iter__(self) -> Iterator[str]:
+        self._stream.load_state_dict(self.state_dict()["position"])
+        self._position = None  # known to the stream itself from here on
+        try:
+            for row in self._stream:
+                if text := _text_of(row, self._column, self._file):
+                    yield text
+        except TextError:
+            raise
+        except Exception as error:  # whatever file system, decompressor or parser lies underneath
+            raise TextError(f"{self._file()} cannot be read: {_one_line(error)}") from error
+        self._position = self._start
+
+    def state_dict(self) -> dict:
+        """The position after the last document handed out, in plain numbers and strings."""
+        position = self._stream.state_dict() if self._position is None else self._position
+        return {"position": position, "source": self._source}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Iterate from a position that `state_dict` gave; files read to their end by then are not read again.
+
+        Raises:
+            TextError: if the position belongs to other files.
+        """
+        if state["source"] != self._source:
+            raise TextError(
+                f"the position to go on from belongs to other text than {self.name!r} holds now;"
+                " resume with the same dataset and split, or start anew"
+            )
+        self._position = state["position"]
+
+    def _file(self) -> str:
+        """The file being read, as far as the stream's state tells it."""
+        state = self._stream.state_dict()
+        while "examples_iterable" in state:
+            state = state["examples_iterable"]
+        shard = state.get("shard_idx", len(self._files))
+        return self._files[shard] if shard < len(self._files) else repr(self.name)
 
 
 def python_stdlib_files() -> dict[str, list[str]]:
@@ -19,12 +111,213 @@ def python_stdlib_files() -> dict[str, list[str]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+    hashes: dict[str, bytes] = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in left_out]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            if path.stat().st_size:
+                hashes[str(path)] = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
     splits: dict[str, list[str]] = {"train": [], "validation": []}
-
-    def path_hash(path: Path) -> bytes:
-        return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-
-    for path in sorted(root.rglob("*.py"), key=path_hash):
-        if left_out.isdisjoint(path.relative_to(root).parts) and path.stat().st_size:
-            splits["validation" if path_hash(path)[-1] < 26 else "train"].append(str(path))
+    for path in sorted(hashes, key=hashes.__getitem__):
+        splits["validation" if hashes[path][-1] < 26 else "train"].append(path)
     return splits
+
+
+def _open(dataset: str, config: str | None, split: str, text_column: str) -> tuple[datasets.IterableDataset, list[str]]:
+    """The source's rows as a stream with one shard a file, and the names of these files."""
+    files = python_stdlib_files() if dataset == PYTHON_STDLIB else _named_files(dataset)
+    if files is None:
+        return _open_repository(dataset, config, split, text_column)
+    if config is not None:
+        raise TextError(f"{dataset!r} has no configurations, but dataset_config is {config!r}; leave it out")
+    _check_split(dataset, split, files)
+    formats = {_file_format(file) for file in files[split]}
+    if len(formats) > 1:
+        raise TextError(f"the files of {dataset!r} must be of one kind, but they are {_listed(formats)}")
+    kind = formats.pop()
+    if kind in ("text", "jsonl"):
+        return _row_stream(files[split], kind, text_column)
+    builder = datasets.load_dataset_builder(kind, data_files=files)
+    return _builder_stream(builder, files[split], split, text_column)
+
+
+def _named_files(dataset: str) -> dict[str, list[str]] | None:
+    """The files that `dataset` names, as the split "train"; None if it is a folder or a Hub id."""
+    if Path(dataset).is_file():
+        return {"train": [dataset]}
+    patterns = [pattern for pattern in dataset.split(",") if pattern]
+    if len(patterns) == 1 and _file_format(dataset) is None and not glob.has_magic(dataset):
+        return None
+    files = []
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        matches = [match for match in matches if Path(match).is_file()]
+        if not matches:
+            raise TextError(f"no file matches {pattern!r}; give an existing file, folder, glob or Hub dataset")
+        files += matches
+    for file in files:
+        if _file_format(file) is None:
+            raise TextError(f"{file} is not a text file that can be read; supported are {_listed(FILE_FORMATS)}")
+    return {"train": files}
+
+
+def _file_format(file: str) -> str | None:
+    """A value of `FILE_FORMATS`, by the file's name; only text and jsonl may be compressed."""
+    suffixes = Path(file).suffixes
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = FILE_FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return kind if kind in ("text", "jsonl") else None
+    return FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _open_repository(
+    dataset: str, config: str | None, split: str, text_column: str
+) -> tuple[datasets.IterableDataset, list[str]]:
+    """A Hub dataset or a folder in its layout."""
+    if dataset.startswith((".", "/", "~")) and not Path(dataset).is_dir():
+        raise TextError(f"there is no file or folder {dataset!r}; give an existing one, or a Hub dataset")
+    try:
+        builder = datasets.load_dataset_builder(dataset, name=config)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise TextError(
+            f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {_one_line(error)}"
+        ) from error
+    except Exception as error:
+        raise TextError(f"the dataset {dataset!r} cannot be opened: {_one_line(error)}") from error
+    data_files = builder.config.data_files or {}
+    _check_split(dataset, split, data_files or builder.info.splits or [split])
+    files = [str(file) for file in data_files.get(split, [])]
+    if files and all(_file_format(file) == "jsonl" for file in files):
+        return _row_stream(files, "jsonl", text_column)
+    return _builder_stream(builder, files, split, text_column)
+
+
+def _builder_stream(
+    builder: datasets.DatasetBuilder, files: list[str], split: str, text_column: str
+) -> tuple[datasets.IterableDataset, list[str]]:
+    """The rows as `datasets` itself reads them, without other columns where the format can leave them out."""
+    if files:  # so that the columns are not sought in another split
+        data_files = builder.config.data_files
+        builder.config.data_files = type(data_files)({split: data_files[split]})
+    try:
+        stream = builder.as_streaming_dataset(split=split)
+        if text_column in (stream.column_names or ()) and hasattr(builder.config, "columns"):
+            builder.config.columns = [text_column]
+            stream = builder.as_streaming_dataset(split=split)
+    except Exception as error:
+        place = files[0] if files else f"the split {split!r}"
+        raise TextError(f"{place} cannot be read: {_one_line(error)}") from error
+    return stream, files
+
+
+def _row_stream(files: list[str], kind: str, text_column: str) -> tuple[datasets.IterableDataset, list[str]]:
+    """Text and JSON lines, read by this module rather than by the builders of `datasets`.
+
+    Those look into every file before the first row is read; on a broken line they read the whole shard into
+    memory; they refuse shards whose other columns differ in type; and they take a truncated zstd file for a
+    short one.
+    """
+    if kind == "text" and text_column != "text":
+        raise TextError(f"plain text files have no column {text_column!r}; their only column is 'text'")
+    rows = {"text": _text_rows, "jsonl": _jsonl_rows}[kind]
+    arguments = {"files": files, "text_column": text_column}
+    return datasets.IterableDataset.from_generator(rows, gen_kwargs=arguments), files
+
+
+def _text_rows(files: list[str], text_column: str) -> Iterator[dict]:
+    for file in files:
+        content = b"".join(_content(file)).decode("utf-8-sig", errors="replace")
+        yield {text_column: content.replace("\r\n", "\n").replace("\r", "\n")}
+
+
+def _jsonl_rows(files: list[str], text_column: str) -> Iterator[dict]:
+    for file in files:
+        number = 0
+        try:
+            for number, line in enumerate(_lines(_content(file)), start=1):
+                if line.strip():
+                    yield {text_column: _json_text(line, text_column, f"line {number} of {file}")}
+        except TextError:
+            raise
+        except Exception as error:
+            raise TextError(f"{file} cannot be read past line {number}: {_one_line(error)}") from error
+
+
+def _json_text(line: bytes, text_column: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise TextError(f"{place} is not JSON: {_one_line(error)}") from error
+    if not isinstance(row, dict):
+        raise TextError(f"{place} must be a JSON object, but is {_described(row)}")
+    text = _text_of(row, text_column, lambda: place)
+    # JSON can escape half of a surrogate pair, which is no text and which tokenizers refuse.
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def _text_of(row: dict, text_column: str, place: Callable[[], str]) -> str:
+    """The row's text; `place` tells where the row comes from, should it have none."""
+    if text_column not in row:
+        raise TextError(f"{place()} has no column {text_column!r}; its columns are {_listed(row)}")
+    text = row[text_column]
+    if not isinstance(text, str):
+        raise TextError(f"the column {text_column!r} of {place()} must be a string, but is {_described(text)}")
+    return text
+
+
+def _lines(content: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in content:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _content(file: str) -> Iterator[bytes]:
+    """The decompressed content in blocks.
+
+    Raises:
+        EOFError: if a compressed file ends too early.
+    """
+    is_zstd = file.endswith(".zst")
+    with fsspec.open(file, "rb", compression=None if is_zstd else "infer") as opened:
+        blocks = iter(lambda: opened.read(READ_BYTES), b"")
+        yield from _zstd_content(blocks) if is_zstd else blocks
+
+
+def _zstd_content(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """zstandard's own reader ends silently where a frame is cut short; this one does not."""
+    frame = None
+    for block in blocks:
+        while block:
+            if frame is None:
+                frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            yield frame.decompress(block)
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise EOFError("it ends in the middle of a zstd frame, so the file is truncated")
+
+
+def _check_split(dataset: str, split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise TextError(f"{dataset!r} has no split {split!r}; it has {_listed(splits)}")
+
+
+def _fingerprint(files: list[str]) -> str:
+    """Tells one list of files from another, wherever they lie."""
+    names = "\n".join(file.rsplit("/", 1)[-1] for file in files)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(str(name)) for name in names)
+
+
+def _described(value: object) -> str:
+    return "null" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception's message in one line; its type where it has none."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
