@@ -85,8 +85,7 @@ def draw_figures(repository: Path) -> list[Path]:
         for layers in sixes(list(folders)):
             curves = {layer: histories[layer] for layer in layers if len(histories[layer]["step"])}
             if curves:
-                path = folder / f"training_curves_overlaid_layers_{layers[0]}_{layers[-1]}.png"
-                written.append(save(training_curves(curves), path))
+                written.append(save(training_curves(curves), folder / curves_name(layers)))
     for stale in set(folder.glob("training_curves_overlaid_layers_*.png")) - set(written):
         stale.unlink()
     return written
@@ -96,6 +95,11 @@ def sixes(layers: Sequence[int]) -> Iterator[Sequence[int]]:
     """The layers, six at a time."""
     for start in range(0, len(layers), LAYERS_A_FIGURE):
         yield layers[start : start + LAYERS_A_FIGURE]
+
+
+def curves_name(layers: Sequence[int]) -> str:
+    """File name of the training curves of these layers."""
+    return f"training_curves_overlaid_layers_{layers[0]}_{layers[-1]}.png"
 
 
 def save(figure: Figure, path: Path) -> Path:

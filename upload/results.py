@@ -24,6 +24,7 @@ class Results:
         layers: per layer its scores; `fvu` and `variance_explained` always, others where they were measured.
         all_layers: scores with every layer replaced at once; empty where they were not measured.
         dataset, split, tokens: the held-out text; the training text where `held_out` is false (tokens None).
+        base_ce: the base's own cross-entropy on that text, nats a token, where it was measured.
     """
 
     held_out: bool
@@ -32,10 +33,11 @@ class Results:
     dataset: str | None
     split: str | None
     tokens: int | None
+    base_ce: float | None = None
 
     def values(self, key: str) -> dict[int, float]:
         """One score of every layer that has it, by layer."""
-        return {layer: scores[key] for layer, scores in self.layers.items() if key in scores}
+        return {layer: scores[key] for layer, scores in self.layers.items() if scores.get(key) is not None}
 
     def mean(self, key: str) -> float | None:
         """A score's mean over the layers, None unless every layer has it."""
@@ -106,6 +108,7 @@ def read_results(run: Path) -> Results:
             dataset=evaluation.get("dataset"),
             split=evaluation.get("split"),
             tokens=evaluation.get("tokens"),
+            base_ce=evaluation.get("base", {}).get("ce"),
         )
     recipe = read_yaml(run / "recipe.yaml")
     return Results(
