@@ -8,7 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +37,7 @@ class Base:
         tokenizer: its tokenizer.
         layers: the layer indices asked for, ascending.
         n_inputs, n_outputs: width of the MLPs' inputs and outputs.
+        widest_map: the widest side of any of their linear maps.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class Base:
         self._forward = model.base_model.forward
         self.num_layers = len(blocks)
         self.n_inputs, self.n_outputs = mlp_widths(self.mlp(self.layers[0]))
+        self.widest_map = max(width for pair in linear_maps(self.mlp(self.layers[0])).values() for width in pair)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,17 @@ class Moments:
 
     def state_dict(self) -> dict[str, int | Tensor]:
         return {"count": self.count, "mean": self.mean, "deviation": self.deviation}
+
+
+def check_finite(inputs: Moments, outputs: Moments, layers: Sequence[int], when: str) -> None:
+    """Raises FloatingPointError, naming the first layer and when, if the moments show a NaN or an infinity."""
+    for what, moments in (("input", inputs), ("output", outputs)):
+        bad = (~moments.deviation.isfinite()).any(-1).tolist()
+        if any(bad):
+            raise FloatingPointError(
+                f"the MLP {what} of layer {layers[bad.index(True)]} holds a NaN or an infinity at {when}: expected "
+                "finite activations; check the base's weights and its dtype (--dtype float32 is the safest)"
+            )
 
 
 def fvu(squared_error: Tensor, outputs: Moments) -> Tensor:

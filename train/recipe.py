@@ -20,9 +20,7 @@ DEFAULT_RECIPE = "pythia-410m"
 class Recipe:
     """A fit's settings. The defaults are the recipe `pythia-410m`; a recipe file or a flag outranks them."""
 
-    base: str = field(
-        default="EleutherAI/pythia-410m", metadata={"help": "The frozen decoder: a Hub id or a folder."}
-    )
+    base: str = field(default="EleutherAI/pythia-410m", metadata={"help": "The frozen decoder: a Hub id or a folder."})
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
     dataset: str = field(
         default="monology/pile-uncopyrighted",
@@ -39,26 +37,18 @@ class Recipe:
         metadata={"help": "The held-out split measured at the end of the fit; 'none' leaves that out."},
     )
     eval_tokens: int = field(default=65536, metadata={"help": "Held-out tokens to measure on."})
-    layers: str | None = field(
-        default=None, metadata={"help": "Layers to fit, such as 0-5,9; all where left out."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the run goes; runs/RECIPE where left out."}
-    )
+    layers: str | None = field(default=None, metadata={"help": "Layers to fit, such as 0-5,9; all where left out."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the run goes; runs/RECIPE where left out."})
     seq_len: int = field(default=128, metadata={"help": "Tokens a sequence."})
     batch_size: int = field(default=512, metadata={"help": "Sequences a step, over all processes."})
     micro_batch_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Sequences a process works on at once; chosen from the free device memory where left out."
-        },
+        metadata={"help": "Sequences a process works on at once; chosen from the free device memory where left out."},
     )
     max_steps: int = field(
         default=3000, metadata={"help": "Optimiser steps; 0 publishes the start, closed form or random."}
     )
-    form: Literal["bilinear", "input_sum"] = field(
-        default="bilinear", metadata={"help": "The transcoder's form."}
-    )
+    form: Literal["bilinear", "input_sum"] = field(default="bilinear", metadata={"help": "The transcoder's form."})
     hidden_multiplier: float = field(
         default=4.0, metadata={"help": "Hidden units of a transcoder, in units of its input's width."}
     )
@@ -101,16 +91,10 @@ class Recipe:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={
-            "help": "Compute type: auto is bfloat16 on CUDA (float32 master weights), float32 on the CPU."
-        },
+        metadata={"help": "Compute type: auto is bfloat16 on CUDA (float32 master weights), float32 on the CPU."},
     )
-    compile: bool | None = field(
-        default=None, metadata={"help": "Compile the device code; on CUDA where left out."}
-    )
-    checkpoint_every: int = field(
-        default=500, metadata={"help": "Steps between checkpoints; 0: at the end only."}
-    )
+    compile: bool | None = field(default=None, metadata={"help": "Compile the device code; on CUDA where left out."})
+    checkpoint_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0: at the end only."})
     resume: bool = field(
         default=True, metadata={"help": "Go on from the newest checkpoint of the same recipe in output_dir."}
     )
@@ -141,21 +125,25 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("lr", "bias_lr", "hidden_multiplier"):
+        for name in ("lr", "bias_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         for name, hint in get_type_hints(Recipe).items():
             choices = getattr(hint, "__args__", ())
             if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.hidden_multiplier <= 0:
+            raise ValueError(
+                f"hidden_multiplier must be positive, since n_hidden must be at least 1, got {self.hidden_multiplier}"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.init == "mlp" and self.form != "bilinear":
-            raise ValueError(
-                f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random"
-            )
+            raise ValueError(f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random")
+        if self.init == "mlp" and not self.bias:
+            raise ValueError("init mlp needs biases, which carry its units' linear parts; fit without by --init random")
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:
@@ -233,9 +221,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         ValueError: on an impossible value.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(
-        Recipe, allow_abbrev=False, description="Fits the transcoders of a base's layers."
-    )
+    parser = HfArgumentParser(Recipe, allow_abbrev=False, description="Fits the transcoders of a base's layers.")
     parser.add_argument(
         "--recipe",
         default=DEFAULT_RECIPE,

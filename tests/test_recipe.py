@@ -1,0 +1,95 @@
+"""Recipes: what files and flags set, and what is refused before any work."""
+
+import pytest
+import yaml
+
+from bilinear_tc.train.recipe import RECIPES, Recipe, parse_recipe, read_settings, write_recipe
+
+
+def test_no_arguments_mean_the_recipe_of_pythia_410m():
+    recipe = parse_recipe([])
+    assert (recipe.base, recipe.dataset) == ("EleutherAI/pythia-410m", "monology/pile-uncopyrighted")
+    assert recipe.output_dir == "runs/pythia-410m"
+    assert (recipe.seq_len, recipe.batch_size, recipe.max_steps, recipe.init) == (128, 512, 3000, "mlp")
+
+
+def test_a_flag_outranks_the_recipe_file_which_outranks_the_default(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 0.5\nseq_len: 64\npack: false\n")
+    recipe = parse_recipe(["--recipe", str(file), "--lr", "0.25", "--hidden_multiplier", "2"])
+    assert (recipe.lr, recipe.seq_len, recipe.pack) == (0.25, 64, False)
+    assert (recipe.hidden_multiplier, recipe.batch_size) == (2, Recipe().batch_size)
+    assert recipe.output_dir == "runs/mine"
+
+
+def test_the_card_recipe_holds_the_published_settings():
+    card = parse_recipe(["--recipe", "pythia-410m-card"])
+    assert (card.seq_len, card.batch_size, card.max_steps, card.hidden_multiplier, card.bias) == (
+        128,
+        512,
+        3000,
+        4,
+        True,
+    )
+    assert (card.optimizer, card.lr, card.lr_schedule, card.momentum, card.weight_decay) == (
+        "muon",
+        0.02,
+        "constant",
+        0.95,
+        0.01,
+    )
+    assert (card.init, card.normalization, card.pack, card.bias_lr) == ("random", "batch", False, 3e-4)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_a_recipe(path):
+    assert parse_recipe(["--recipe", path.stem]).output_dir == f"runs/{path.stem}"
+
+
+def test_a_written_recipe_reads_back(tmp_path):
+    recipe = parse_recipe(["--recipe", "quickstart", "--layers", "0-2,4"])
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert Recipe(**read_settings(tmp_path / "recipe.yaml")) == recipe
+    assert set(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == set(recipe.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("layers", "indices"), [(None, None), ("3", [3]), ("0-2,9", [0, 1, 2, 9]), ("5, 1-2, 2", [1, 2, 5])]
+)
+def test_layers(layers, indices):
+    assert Recipe(layers=layers).layer_indices() == indices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lr", "-1"], "lr must be a positive number, got -1.0"),
+        (["--hidden_multiplier", "0"], "n_hidden .* at least 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--layers", "5-2"], "layers must read like 0-5,9, got '5-2'"),
+        (["--layers", "first"], "layers must read like 0-5,9"),
+        (["--momentum", "1"], "momentum must be at least 0 and below 1"),
+        (["--weight_decay", "-0.1"], "weight_decay must not be negative"),
+        (["--form", "input_sum"], "init mlp starts the bilinear form only"),
+        (["--bias", "false"], "init mlp needs biases"),
+        (["--recipe", "nonesuch"], "no recipe 'nonesuch': expected one of .*quickstart"),
+    ],
+)
+def test_impossible_values_are_refused_in_a_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse_recipe(arguments)
+
+
+def test_an_unknown_setting_in_a_file_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1\n")
+    with pytest.raises(ValueError, match="sets learning_rate, which no recipe has"):
+        parse_recipe(["--recipe", str(file)])
+
+
+@pytest.mark.parametrize("arguments", [["--nonesuch", "1"], ["--optimizer", "sgd"], ["--max_step", "3"]])
+def test_unknown_flags_and_choices_end_with_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_recipe(arguments)
+    assert exit_.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""One batch's MLP inputs and outputs of all layers, on the device, with their moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.tokens import TokenBatch
+
+
+class Activations:
+    """This process's rows of a batch: `x` [layers, rows, n_inputs] and `y` [layers, rows, n_outputs].
+
+    The buffers are allocated once, for the largest batch, and refilled; padded positions never enter them.
+    """
+
+    def __init__(
+        self, base: Base, max_rows: int, *, device: torch.device, dtype: torch.dtype, compile: bool = False
+    ) -> None:
+        self.base = base
+        self.rows = 0
+        self._x = torch.empty(len(base.layers), max_rows, base.n_inputs, device=device, dtype=dtype)
+        self._y = torch.empty(len(base.layers), max_rows, base.n_outputs, device=device, dtype=dtype)
+        # fused, the float32 copies that the sums are taken over are never written to memory
+        self._moments_of: Callable[[Tensor], Moments] = torch.compile(Moments.of) if compile else Moments.of
+
+    @property
+    def x(self) -> Tensor:
+        return self._x[:, : self.rows]
+
+    @property
+    def y(self) -> Tensor:
+        return self._y[:, : self.rows]
+
+    def fill(self, batch: TokenBatch, micro_batch_size: int) -> None:
+        """Runs the base over a batch, `micro_batch_size` sequences at a time, and keeps what its MLPs saw and said."""
+        device = self._x.device
+        self.rows = 0
+        for start in range(0, len(batch), micro_batch_size):
+            part = slice(start, start + micro_batch_size)
+            kept = None
+            if batch.mask is not None:
+                kept = batch.mask[part].flatten().nonzero().squeeze(1)
+            input_ids = batch.input_ids[part].to(device, non_blocking=True)
+            first, count = self.rows, input_ids.numel() if kept is None else len(kept)
+            kept = None if kept is None else kept.to(device, non_blocking=True)
+            for index, (x, y) in enumerate(self.base.activations(input_ids).values()):
+                for buffer, values in ((self._x, x.flatten(0, 1)), (self._y, y.flatten(0, 1))):
+                    buffer[index, first : first + count] = values if kept is None else values[kept]
+            self.rows += count
+
+    def moments(self) -> tuple[Moments, Moments]:
+        """Moments [layers, features] of this process's inputs and outputs."""
+        return tuple(Moments.stack([self._moments_of(rows) for rows in buffer]) for buffer in (self.x, self.y))

@@ -1,0 +1,290 @@
+"""The closed-form start: each neuron of the base's MLP as one bilinear unit, then the head by least squares.
+
+For a two-matrix MLP, `out(act(in(x)))`: neuron j computes `act(z)` of its pre-activation z. The least-squares
+quadratic α + βz + γz² of `act` over the z that the data shows is one bilinear unit exactly: left = z,
+right = γz + β, head = the MLP's own output column, α in the head's bias.
+
+For a gated MLP, `down(act(gate) ⊙ up)`: the line α + βg that is nearest to `act(g)` where it counts, weighted by
+up², makes left = α + βg, right = up, head = the down column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.least_squares import LeastSquares
+from bilinear_tc.train.moments import Moments, check_finite
+from bilinear_tc.train.stack import Stack
+from bilinear_tc.train.tokens import TokenBatch
+
+ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation")
+RIDGE = 1e-5
+MICRO_ROWS = 8192  # rows whose hidden units exist at once
+
+
+@dataclass
+class Linear:
+    """A linear map's float32 weight [outputs, inputs] and bias [outputs]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Linear:
+        weight = module.weight.detach().float()
+        weight = weight if isinstance(module, nn.Linear) else weight.T
+        bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
+        return cls(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class MLPWeights:
+    """What a base's MLP computes: `down(act(gate(x)) ⊙ up(x))`, without `⊙ up(x)` where up is None."""
+
+    gate: Linear
+    up: Linear | None
+    down: Linear
+    act: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> MLPWeights:
+        """Reads an MLP's weights.
+
+        Raises:
+            ValueError: where it is neither a two-matrix nor a gated MLP of separate maps.
+        """
+        maps = {name: mlp.get_submodule(name) for name in linear_maps(mlp)}
+        act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
+        gate_name = next((name for name in maps if "gate" in name), None)
+        linears = list(maps.values())
+        if act is not None and len(maps) == 2 and gate_name is None:
+            return cls(Linear.of(linears[0]), None, Linear.of(linears[1]), act)
+        if act is not None and len(maps) == 3 and gate_name is not None:
+            up, down = (Linear.of(module) for name, module in maps.items() if name != gate_name)
+            return cls(Linear.of(maps[gate_name]), up, down, act)
+        raise ValueError(
+            f"no closed-form start for {type(mlp).__name__} with the maps {', '.join(maps)}: expected two, or a gated "
+            "three, and an activation; fit it with --init random"
+        )
+
+    @property
+    def width(self) -> int:
+        return len(self.gate.weight)
+
+    def check(self, x: Tensor, y: Tensor, path: str) -> None:
+        """Raises ValueError where these weights do not give the MLP's outputs y for its inputs x."""
+        hidden = self.act(self.gate(x.float()))
+        predicted = self.down(hidden if self.up is None else hidden * self.up(x.float()))
+        error = (predicted - y.float()).norm() / y.float().norm()
+        if not error < 0.05:
+            raise ValueError(
+                f"no closed-form start for {path}: read as a plain or gated MLP, its weights miss its outputs by "
+                f"{error:.0%}; fit it with --init random"
+            )
+
+
+class ActivationFit:
+    """The least-squares polynomial of `act` for each neuron, over the pre-activations that the data shows.
+
+    Powers are taken of t = (z − shift) / scale, with shift and scale the mean and standard deviation of the first
+    rows' z: the coefficients are then of the size of `act`'s own variation, also where z hardly varies.
+
+    Args:
+        weights: the MLP.
+        first: moments [width] of the pre-activations of the first rows of all processes.
+    """
+
+    def __init__(self, weights: MLPWeights, first: Moments) -> None:
+        self.weights = weights
+        self.degree = 2 if weights.up is None else 1
+        self.shift, self.scale = first.mean.float(), first.std.float()
+        self.powers = first.mean.new_zeros(2 * self.degree + 1, weights.width)  # Σ u² tᵏ, u = 1 without a gate
+        self.products = first.mean.new_zeros(self.degree + 1, weights.width)  # Σ u² act(z) tᵏ
+
+    def add(self, x: Tensor) -> None:
+        """Adds MLP inputs x: [rows, n_inputs], float32."""
+        z = self.weights.gate(x)
+        t = (z - self.shift) / self.scale
+        power = torch.ones_like(t) if self.weights.up is None else self.weights.up(x).square()
+        target = self.weights.act(z)
+        for k in range(2 * self.degree + 1):
+            self.powers[k] += power.sum(0)
+            if k <= self.degree:
+                self.products[k] += (power * target).sum(0)
+            power = power * t
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Adds up the sums of all processes."""
+        self.powers, self.products = accelerator.reduce(self.powers), accelerator.reduce(self.products)
+
+    def solve(self) -> Tensor:
+        """Coefficients [degree + 1, width] of 1, t, t², float64; a relative ridge of 1e-6 keeps every neuron finite."""
+        index = torch.arange(self.degree + 1, device=self.powers.device)
+        normal = self.powers[index[:, None] + index].permute(2, 0, 1)  # [width, terms, terms]
+        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2) + 1e-30
+        return torch.linalg.solve(normal + torch.diag_embed(ridge), self.products.T.unsqueeze(-1)).squeeze(-1).T
+
+    def unit_power(self, coefficients: Tensor) -> Tensor:
+        """Mean square [width] of each unit's product, its constant part apart where there is no gate."""
+        moments = self.powers / self.powers[0] if self.weights.up is None else self.powers
+        if self.weights.up is not None:
+            a, b = coefficients
+            return a**2 * moments[0] + 2 * a * b * moments[1] + b**2 * moments[2]
+        _, b, c = coefficients
+        mean = b * moments[1] + c * moments[2]
+        return b**2 * moments[2] + 2 * b * c * moments[3] + c**2 * moments[4] - mean**2
+
+
+@torch.no_grad()
+def set_units(transcoder: BilinearTC, fit: ActivationFit) -> None:
+    """Writes an MLP's units into a transcoder whose z-score statistics are set.
+
+    With fewer hidden units than neurons, those that carry most output variance are kept; with more, the units left
+    over keep their random left and right and get a zero head.
+    """
+    weights, coefficients = fit.weights, fit.solve()
+    in_mean, in_std = transcoder.input_mean.double(), transcoder.input_std.double()
+    out_mean, out_std = transcoder.output_mean.double(), transcoder.output_std.double()
+
+    def on_z_scores(linear: Linear) -> tuple[Tensor, Tensor]:
+        weight = linear.weight.double()
+        return weight * in_std, weight @ in_mean + linear.bias.double()
+
+    gate_weight, gate_bias = on_z_scores(weights.gate)
+    t_weight = gate_weight / fit.scale.double()[:, None]
+    t_bias = (gate_bias - fit.shift.double()) / fit.scale.double()
+    head_weight = weights.down.weight.double() / out_std[:, None]
+    constant = weights.down.bias.double() - out_mean
+    if weights.up is None:
+        alpha, beta, gamma = coefficients
+        left = (t_weight, t_bias)
+        right = (gamma[:, None] * t_weight, gamma * t_bias + beta)
+        constant = constant + weights.down.weight.double() @ alpha
+    else:
+        alpha, beta = coefficients
+        left = (beta[:, None] * t_weight, beta * t_bias + alpha)
+        right = on_z_scores(weights.up)
+
+    contribution = fit.unit_power(coefficients) * head_weight.square().sum(0)
+    count = min(transcoder.config.n_hidden, weights.width)
+    kept = contribution.argsort(descending=True, stable=True)[:count].sort().values
+    transcoder.head.weight.zero_()
+    for module, (weight, bias) in ((transcoder.left, left), (transcoder.right, right)):
+        module.weight[:count] = weight[kept].float()
+        module.bias[:count] = bias[kept].float()
+    transcoder.head.weight[:, :count] = head_weight[:, kept].float()
+    transcoder.head.bias.copy_(constant / out_std)
+
+
+@torch.no_grad()
+def share_scale(transcoder: BilinearTC) -> None:
+    """Gives each unit's left, right and head the same size, their product unchanged.
+
+    Muon's steps are of one size for all units whatever their gradient, so a unit whose head is large and whose left
+    and right are small would be blown up by the first of them. The size of a left or right row includes its bias,
+    since a nearly linear unit has a right side of little else.
+    """
+    left, right, head = transcoder.left, transcoder.right, transcoder.head
+    sizes = torch.stack(
+        [
+            (left.weight.double().square().sum(1) + left.bias.double().square()).sqrt(),
+            (right.weight.double().square().sum(1) + right.bias.double().square()).sqrt(),
+            head.weight.double().norm(dim=0),
+        ]
+    )
+    alive = sizes.prod(0) > 0
+    factors = torch.where(alive, sizes.log().mean(0).exp() / sizes, 1).float()
+    for module, factor in ((left, factors[0]), (right, factors[1])):
+        module.weight.mul_(factor[:, None])
+        module.bias.mul_(factor)
+    head.weight.mul_(factors[2])
+
+
+@torch.no_grad()
+def solve_heads(
+    stack: Stack,
+    batches: Sequence[TokenBatch],
+    activations: Activations,
+    micro_batch_size: int,
+    accelerator: Accelerator,
+) -> None:
+    """Solves every layer's head and its bias by ridge least squares over the batches, shrinking to the head it has."""
+    equations: LeastSquares | None = None
+    hidden = not accelerator.is_main_process
+    for batch in tqdm(batches, desc="closed form, heads", unit="batch", disable=hidden, leave=False):
+        activations.fill(batch, micro_batch_size)
+        if equations is None:
+            first = Moments.stack(
+                [Moments.of(units(t, x)) for t, x in zip(stack.transcoders, activations.x, strict=True)]
+            )
+            equations = LeastSquares(first.reduce(accelerator).mean, torch.zeros_like(stack.outputs.mean))
+        for layer, transcoder in enumerate(stack.transcoders):
+            for x, y in zip(
+                activations.x[layer].split(MICRO_ROWS), activations.y[layer].split(MICRO_ROWS), strict=True
+            ):
+                z = (y.float() - transcoder.output_mean) / transcoder.output_std
+                equations.add(layer, units(transcoder, x), z)
+    equations.reduce(accelerator)
+    for layer, transcoder in enumerate(stack.transcoders):
+        weight, bias = equations.solve(layer, ridge=RIDGE, prior=transcoder.head.weight)
+        transcoder.head.weight.copy_(weight)
+        transcoder.head.bias.copy_(bias)
+        share_scale(transcoder)
+
+
+def units(transcoder: BilinearTC, x: Tensor) -> Tensor:
+    """The hidden products [rows, n_hidden] for raw inputs x: [rows, n_inputs]."""
+    x = (x.float() - transcoder.input_mean) / transcoder.input_std
+    return transcoder.left(x) * transcoder.right(x)
+
+
+@torch.no_grad()
+def closed_form_start(
+    stack: Stack,
+    base: Base,
+    batches: Sequence[TokenBatch],
+    activations: Activations,
+    micro_batch_size: int,
+    accelerator: Accelerator,
+) -> None:
+    """Sets every layer's transcoder from its MLP, and the stack's moments from the same rows.
+
+    Two passes of the base over the calibration batches: the first takes moments, the second solves the heads.
+
+    Raises:
+        ValueError: where an MLP is neither plain nor gated.
+    """
+    weights = [MLPWeights.of(base.mlp(layer)) for layer in base.layers]
+    fits: list[ActivationFit] = []
+    hidden = not accelerator.is_main_process
+    for batch in tqdm(batches, desc="closed form, moments", unit="batch", disable=hidden, leave=False):
+        activations.fill(batch, micro_batch_size)
+        inputs, outputs = (moments.reduce(accelerator) for moments in activations.moments())
+        check_finite(inputs, outputs, base.layers, "the calibration sample")
+        stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
+        for index, layer in enumerate(base.layers):
+            x = activations.x[index]
+            if len(fits) == index:
+                if len(x):
+                    weights[index].check(x, activations.y[index], base.mlp_path(layer))
+                first = Moments.of(weights[index].gate(x.float())).reduce(accelerator)
+                fits.append(ActivationFit(weights[index], first))
+            for rows in x.split(MICRO_ROWS):
+                fits[index].add(rows.float())
+    stack.set_statistics()
+    for transcoder, fit in zip(stack.transcoders, fits, strict=True):
+        fit.reduce(accelerator)
+        set_units(transcoder, fit)
+    solve_heads(stack, batches, activations, micro_batch_size, accelerator)

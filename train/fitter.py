@@ -1,0 +1,166 @@
+"""The fit of all layers together: one optimiser step, and the state that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.closed_form import closed_form_start
+from bilinear_tc.train.moments import check_finite
+from bilinear_tc.train.muon import Muon
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.schedule import schedule
+from bilinear_tc.train.stack import Stack
+from bilinear_tc.train.tokens import TokenBatch
+
+CARD_BETAS = (0.95, 0.95)
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What products are computed in: master weights, statistics and losses are float32 or wider in any case."""
+    if recipe.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, recipe.dtype)
+
+
+class Fitter:
+    """The transcoders of a base's layers under fit.
+
+    Args:
+        recipe: the settings.
+        base: the decoder, on the accelerator's device.
+        accelerator: device and processes.
+        timer: called with the name of each phase of a step (base, statistics, transcoders, optimizer); the context
+            it returns spans the phase.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Base,
+        accelerator: Accelerator,
+        timer: Callable[[str], AbstractContextManager] = lambda _phase: nullcontext(),
+    ) -> None:
+        self.recipe, self.base, self.accelerator, self.timer = recipe, base, accelerator, timer
+        device, dtype = accelerator.device, compute_dtype(recipe, accelerator.device)
+        compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
+        torch.manual_seed(recipe.seed)
+        self.stack = Stack(make_transcoders(recipe, base, device), dtype=dtype, compile=compiled)
+        share = -(-recipe.batch_size // accelerator.num_processes)
+        self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
+        self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
+        self.optimizers = make_optimizers(recipe, self.stack)
+        if compiled:
+            base.compile()
+
+    def start(self, batches: Sequence[TokenBatch]) -> int:
+        """The closed-form start, on a calibration sample; returns the sample's tokens, over all processes."""
+        closed_form_start(self.stack, self.base, batches, self.activations, self.micro_batch_size, self.accelerator)
+        return self.stack.inputs.count
+
+    def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
+        """One optimiser step.
+
+        Args:
+            batch: this process's share of the global batch.
+            number: steps made before it.
+
+        Returns:
+            Mean squared error [layers] and FVU [layers] on the batch's z-scored outputs, before the update, float64
+            on the CPU; and the rows of the global batch.
+
+        Raises:
+            FloatingPointError: on a NaN in the base's activations, before anything is updated.
+        """
+        with self.timer("base"):
+            self.activations.fill(batch, self.micro_batch_size)
+        with self.timer("statistics"):
+            inputs, outputs = (m.reduce(self.accelerator) for m in self.activations.moments())
+            check_finite(inputs, outputs, self.base.layers, f"step {number + 1}")
+            self.stack.inputs, self.stack.outputs = self.stack.inputs.merge(inputs), self.stack.outputs.merge(outputs)
+            rows, batch_deviation = inputs.count, outputs.deviation
+            if self.recipe.normalization == "running":
+                inputs, outputs = self.stack.inputs, self.stack.outputs
+        with self.timer("transcoders"):
+            errors = self.stack.accumulate(
+                self.activations, inputs, outputs, rows, self.micro_batch_size * self.recipe.seq_len
+            )
+            errors = self.stack.reduce(self.accelerator, errors)
+        with self.timer("optimizer"):
+            multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * multiplier
+                optimizer.step()
+        mse = errors / (rows * outputs.mean.shape[-1])
+        fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
+        return mse.cpu(), fvu.cpu(), rows
+
+    def state_dict(self) -> dict[str, object]:
+        return {"stack": self.stack.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stack.load_state_dict(state["stack"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+
+
+def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
+    """One randomly initialised transcoder a layer, float32."""
+    return [
+        BilinearTC(
+            BilinearTCConfig(
+                n_inputs=base.n_inputs,
+                n_hidden=recipe.n_hidden(base.n_inputs),
+                n_outputs=base.n_outputs,
+                bias=recipe.bias,
+                form=recipe.form,
+                base_model=recipe.base,
+                base_revision=recipe.base_revision,
+                layer_index=layer,
+                mlp_path=base.mlp_path(layer),
+            )
+        ).to(device)
+        for layer in base.layers
+    ]
+
+
+def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]:
+    """The matrices' optimiser and the biases'; each group's `peak_lr` is what the schedule multiplies."""
+    matrices = [p for p in stack.parameters.values() if p.ndim == 3]
+    biases = [p for p in stack.parameters.values() if p.ndim == 2]
+    settings = {"lr": recipe.lr, "peak_lr": recipe.lr}
+    if recipe.optimizer == "muon":
+        first = Muon([{"params": matrices, **settings}], momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    else:
+        first = torch.optim.AdamW(
+            [{"params": matrices, **settings}], betas=CARD_BETAS, weight_decay=recipe.weight_decay
+        )
+    optimizers = [first]
+    if biases:
+        group = {"params": biases, "lr": recipe.bias_lr, "peak_lr": recipe.bias_lr}
+        optimizers.append(torch.optim.AdamW([group], betas=CARD_BETAS, weight_decay=0.0))
+    return optimizers
+
+
+def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torch.device, dtype: torch.dtype) -> int:
+    """As many sequences as half of the free memory holds, at most this process's share of a batch.
+
+    A token's peak is either the base's (its MLP's hidden layer, attention, residual stream) or a transcoder's:
+    its hidden units five times over (left, right, product and two gradients) and its inputs and outputs in float32.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    hidden = recipe.n_hidden(base.n_inputs)
+    base_bytes = dtype.itemsize * 3 * (base.widest_map + 8 * base.n_inputs)
+    transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * (base.n_inputs + base.n_outputs)
+    sequences = int(free / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
+    return max(1, min(share, sequences))

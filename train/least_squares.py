@@ -1,0 +1,81 @@
+"""Ridge least squares of all layers at once, from normal equations accumulated over a stream of rows."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class LeastSquares:
+    """Normal equations of `targets ≈ weight · features + bias`, one problem a layer.
+
+    Features and targets are shifted before the products are taken, so that float32 products summed in float64
+    keep the covariance's digits. Any shift near the mean will do: it changes no solution.
+
+    Args:
+        feature_shift: [layers, n_features], the same on all processes.
+        target_shift: [layers, n_targets], the same on all processes.
+    """
+
+    def __init__(self, feature_shift: Tensor, target_shift: Tensor) -> None:
+        self.feature_shift, self.target_shift = feature_shift.float(), target_shift.float()
+        (layers, n_features), n_targets = feature_shift.shape, target_shift.shape[1]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(layers, *shape, dtype=torch.float64, device=feature_shift.device)
+
+        self.counts = zeros()
+        self.feature_sums, self.target_sums = zeros(n_features), zeros(n_targets)
+        self.gram, self.cross = zeros(n_features, n_features), zeros(n_features, n_targets)
+
+    def add(self, layer: int, features: Tensor, targets: Tensor) -> None:
+        """Adds rows: features [rows, n_features], targets [rows, n_targets], float32."""
+        features, targets = features - self.feature_shift[layer], targets - self.target_shift[layer]
+        self.counts[layer] += len(features)
+        self.feature_sums[layer] += features.sum(0)
+        self.target_sums[layer] += targets.sum(0)
+        self.gram[layer] += features.T @ features
+        self.cross[layer] += features.T @ targets
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Adds up the equations of all processes."""
+        if accelerator.num_processes > 1:
+            for name in ("counts", "feature_sums", "target_sums", "gram", "cross"):
+                setattr(self, name, accelerator.reduce(getattr(self, name)))
+
+    def solve(self, layer: int, *, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The ridge solution of one layer, with an unpenalised bias.
+
+        Features are scaled to unit variance first, so that `ridge` is relative to each feature's variance and the
+        scaled matrix's condition is at most n_features / ridge. A feature that does not vary keeps its prior.
+
+        Args:
+            ridge: penalty on the distance to the prior, in units of a feature's variance.
+            prior: [n_targets, n_features] weights to shrink to; zero where left out.
+
+        Returns:
+            weight [n_targets, n_features] and bias [n_targets], float64.
+        """
+        n = self.counts[layer]
+        feature_mean, target_mean = self.feature_sums[layer] / n, self.target_sums[layer] / n
+        covariance = self.gram[layer] / n - torch.outer(feature_mean, feature_mean)
+        cross = self.cross[layer] / n - torch.outer(feature_mean, target_mean)
+        std = covariance.diagonal().clamp(min=0).sqrt()
+        varies = std > 1e-7 * std.max()
+        if not varies.all():
+            logger.warning("%d of %d features do not vary: they keep their start", (~varies).sum(), len(varies))
+        inverse_std = torch.where(varies, 1 / std.where(varies, 1), 0)
+        prior = torch.zeros_like(cross.T) if prior is None else prior.double()
+        scaled = inverse_std[:, None] * covariance * inverse_std
+        scaled.diagonal().add_(ridge)
+        scaled.diagonal()[~varies] = 1
+        residual = inverse_std[:, None] * (cross - covariance @ prior.T)
+        step = torch.cholesky_solve(residual, torch.linalg.cholesky(scaled))
+        weight = prior + (inverse_std[:, None] * step).T
+        shifted_mean = feature_mean + self.feature_shift[layer]
+        return weight, target_mean + self.target_shift[layer] - weight @ shifted_mean

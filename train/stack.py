@@ -1,0 +1,131 @@
+"""The transcoders of all layers while they are fitted together: parameters, forward pass and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.moments import Moments
+
+
+class Stack:
+    """One `BilinearTC` a layer, whose parameters and gradients are views into stacked buffers.
+
+    Autograd sees each layer's 2-D leaves, so that a layer's backward pass touches that layer alone; the optimiser
+    sees one [layers, rows, cols] batch a map; all gradients lie in one buffer, reduced over processes in one go.
+
+    Attributes:
+        transcoders: the layers' models, float32.
+        parameters: the stacked parameters by name: [layers, rows, cols] weights and [layers, rows] biases.
+        inputs, outputs: moments [layers, features] of the rows seen so far; what the transcoders' z-scores export.
+    """
+
+    def __init__(self, transcoders: list[BilinearTC], *, dtype: torch.dtype, compile: bool = False) -> None:
+        self.transcoders = transcoders
+        self.dtype = dtype
+        self.device = transcoders[0].device
+        config, layers = transcoders[0].config, len(transcoders)
+        self.inputs = Moments.zeros(layers, config.n_inputs, device=self.device)
+        self.outputs = Moments.zeros(layers, config.n_outputs, device=self.device)
+
+        named = {name: p.shape for name, p in transcoders[0].named_parameters()}
+        self._gradients = torch.zeros(layers * sum(shape.numel() for shape in named.values()), device=self.device)
+        self.parameters: dict[str, nn.Parameter] = {}
+        offset = 0
+        for name in named:
+            values = torch.stack([t.get_parameter(name).detach() for t in transcoders])
+            stacked = nn.Parameter(values)
+            stacked.grad = self._gradients[offset : offset + values.numel()].view_as(values)
+            offset += values.numel()
+            for transcoder, value, gradient in zip(transcoders, stacked.data, stacked.grad, strict=True):
+                view = nn.Parameter(value)
+                view.grad = gradient
+                module_name, _, leaf = name.rpartition(".")
+                setattr(transcoder.get_submodule(module_name), leaf, view)
+            self.parameters[name] = stacked
+        self._squared_error: Callable[..., Tensor] = squared_error
+        if compile:
+            self._squared_error = torch.compile(squared_error)
+
+    def accumulate(
+        self, activations: Activations, inputs: Moments, outputs: Moments, rows: int, micro_rows: int
+    ) -> Tensor:
+        """Sets the gradients of the mean squared error, z-scored, over this process's rows.
+
+        Args:
+            activations: the rows.
+            inputs, outputs: moments [layers, features] to z-score with.
+            rows: rows of all processes together, which the mean is over.
+            micro_rows: rows worked on at once.
+
+        Returns:
+            [layers] float64 Σ‖z − ẑ‖² over this process's rows.
+        """
+        self._gradients.zero_()
+        errors = torch.zeros(len(self.transcoders), dtype=torch.float64, device=self.device)
+        scale = 1 / (rows * outputs.mean.shape[-1])
+        statistics = [s.float() for s in (inputs.mean, inputs.std, outputs.mean, outputs.std)]
+        for layer, transcoder in enumerate(self.transcoders):
+            layer_statistics = [s[layer] for s in statistics]
+            for x, y in zip(
+                activations.x[layer].split(micro_rows), activations.y[layer].split(micro_rows), strict=True
+            ):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    error = self._squared_error(transcoder, x, y, *layer_statistics)
+                (error * scale).backward()
+                errors[layer] += error.detach()
+        return errors
+
+    def reduce(self, accelerator: Accelerator, errors: Tensor) -> Tensor:
+        """Sums gradients (in place) and squared errors over all processes; returns the latter."""
+        if accelerator.num_processes == 1:
+            return errors
+        self._gradients.copy_(accelerator.reduce(self._gradients))
+        return accelerator.reduce(errors)
+
+    def set_statistics(self) -> None:
+        """Writes the moments seen so far into the transcoders' z-score buffers."""
+        for layer, transcoder in enumerate(self.transcoders):
+            for name, value in {
+                "input_mean": self.inputs.mean,
+                "input_std": self.inputs.std,
+                "output_mean": self.outputs.mean,
+                "output_std": self.outputs.std,
+            }.items():
+                getattr(transcoder, name).copy_(value[layer])
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "inputs": vars(self.inputs),
+            "outputs": vars(self.outputs),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        self.inputs = Moments(**state["inputs"]).to(self.device)
+        self.outputs = Moments(**state["outputs"]).to(self.device)
+
+
+def squared_error(
+    transcoder: BilinearTC,
+    x: Tensor,
+    y: Tensor,
+    input_mean: Tensor,
+    input_std: Tensor,
+    output_mean: Tensor,
+    output_std: Tensor,
+) -> Tensor:
+    """Σ‖z − ẑ‖² over the rows: z the z-scored MLP output, ẑ the transcoder's for the z-scored input.
+
+    Args:
+        x: [rows, n_inputs]; y: [rows, n_outputs]; the statistics: [features].
+    """
+    predicted = transcoder.normalized_forward((x.float() - input_mean) / input_std)
+    return (predicted.float() - (y.float() - output_mean) / output_std).square().sum()
