@@ -1,0 +1,329 @@
+"""Checkpoints in the earlier `.pt` layout ↔ runs.
+
+    python upload/legacy.py import FOLDER --output_dir RUN --base EleutherAI/pythia-410m \\
+        --dataset monology/pile-uncopyrighted
+    python upload/legacy.py export RUN --output_dir FOLDER
+
+FOLDER holds `layer_{L}/transcoder_weights_l{L}_bilinear_muon_{steps}b.pt`, or the files themselves, with the keys that
+`pt_checkpoint.py` lists. Importing what was exported gives the run back, recipe and evaluation included. Checkpoints of
+the earlier sets were fitted on each batch's own z-scores and hold no statistics: those are measured from the base. Nor
+do they count tokens: a batch is taken for --batch_size × --seq_len of them, as those fits counted padding too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import yaml
+from tqdm import tqdm
+
+from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.command import command_line
+from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import CODE_FILES, PACKAGE, written_whole
+from bilinear_tc.train.text import Documents
+from bilinear_tc.train.tokens import TokenBatches
+from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, HISTORIES, Checkpoint, export_checkpoint, read_checkpoint
+from bilinear_tc.upload.results import layer_folders
+
+RUN_FILES = ("recipe.yaml", "evaluation.json")
+SEQUENCES_AT_ONCE = 8
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint in a folder or in its folders `layer_*`, by layer.
+
+    Raises:
+        ValueError: where there is none, one is not readable, or two are of one layer.
+    """
+    paths = sorted([*folder.glob("*.pt"), *folder.glob("layer_*/*.pt")])
+    if not paths:
+        raise ValueError(f"{folder} holds no checkpoints: expected layer_0/*.pt and so on")
+    checkpoints: dict[int, Checkpoint] = {}
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        if other := checkpoints.get(checkpoint.layer):
+            raise ValueError(f"{other.path} and {path} are both of layer {checkpoint.layer}: leave one in the folder")
+        checkpoints[checkpoint.layer] = checkpoint
+    return [checkpoints[layer] for layer in sorted(checkpoints)]
+
+
+@dataclass
+class ImportSettings:
+    """What the checkpoints themselves do not tell; not asked of an export, which tells all of it."""
+
+    base: str | None = None
+    base_revision: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    calibration_tokens: int = 262144
+    seq_len: int = 128
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("calibration_tokens", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Path:
+    """Turns a folder of `.pt` checkpoints into a run.
+
+    The statistics that checkpoints lack are measured from the base over the first `seq_len` tokens of each document, as
+    such checkpoints were fitted, padding left out.
+
+    Args:
+        folder: holds the checkpoints.
+        run: where the run goes; a folder that is not there yet, or empty. It appears whole or not at all.
+        settings: base and text, needed where a checkpoint has no statistics.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: where a checkpoint is refused, the run is there already, or base and text are missing or do not fit.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} is there already: name another --output_dir, or remove it")
+    checkpoints = find_checkpoints(folder)
+    without = [checkpoint for checkpoint in checkpoints if checkpoint.statistics is None]
+    if without and (settings.base is None or settings.dataset is None):
+        raise ValueError(
+            f"{without[0].path} holds no statistics, which are measured from the base: name it and the text with --base "
+            "and --dataset"
+        )
+    with folder_written_whole(run) as scratch:
+        measured = measure_statistics(without, settings) if without else 0
+        for checkpoint in tqdm(checkpoints, desc="writing layers", unit="layer"):
+            write_layer(checkpoint, scratch / f"layer_{checkpoint.layer}", settings, measured)
+        for name in CODE_FILES:
+            shutil.copyfile(PACKAGE / name, scratch / name)
+        write_yaml(imported_recipe(checkpoints, settings), scratch / "recipe.yaml")
+        if not without:
+            copy_run_files(folder, scratch)
+    return run
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block ends without an error."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> int:
+    """Fills in the z-scores' statistics of these layers, and which MLPs they stand in for, in one pass over the text.
+
+    Returns:
+        The number of tokens measured on.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = [checkpoint.layer for checkpoint in checkpoints]
+    base = Base.load(settings.base, revision=settings.base_revision, layers=layers, device=device)
+    for checkpoint in checkpoints:
+        config = checkpoint.config
+        if (config.n_inputs, config.n_outputs) != (base.n_inputs, base.n_outputs):
+            raise ValueError(
+                f"{checkpoint.path} maps width {config.n_inputs} to {config.n_outputs}, the MLPs of {settings.base} "
+                f"{base.n_inputs} to {base.n_outputs}: name the base that it was fitted for with --base"
+            )
+        config.base_model, config.base_revision = settings.base, settings.base_revision
+        config.mlp_path = base.mlp_path(checkpoint.layer)
+    base.stop_after_last_layer()
+    moments = activation_moments(base, settings)
+    for checkpoint in checkpoints:
+        x, y = moments[checkpoint.layer]
+        vectors = (x.mean, x.std, y.mean, y.std)
+        checkpoint.statistics = {name: v.float().cpu() for name, v in zip(STATISTICS, vectors, strict=True)}
+    return moments[layers[0]][0].count
+
+
+def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[Moments, Moments]]:
+    """Moments of each layer's MLP inputs and outputs over `calibration_tokens`, or over all of a shorter text."""
+    device = base.model.device
+    moments = {
+        layer: (Moments.zeros(base.n_inputs, device=device), Moments.zeros(base.n_outputs, device=device))
+        for layer in base.layers
+    }
+    documents = Documents(
+        settings.dataset, config=settings.dataset_config, split=settings.split, text_column=settings.text_column
+    )
+    batches = TokenBatches(
+        documents,
+        base.tokenizer,
+        seq_len=settings.seq_len,
+        batch_size=SEQUENCES_AT_ONCE,
+        pack=False,
+        workers=0,
+        epochs=1,
+    )
+    with batches, tqdm(total=settings.calibration_tokens, desc="measuring statistics", unit="token") as bar:
+        for batch in batches:
+            kept = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            kept = kept.to(device)
+            for layer, activations in base.activations(batch.input_ids.to(device)).items():
+                moments[layer] = tuple(
+                    before.merge(Moments.of(values[kept]))
+                    for before, values in zip(moments[layer], activations, strict=True)
+                )
+            bar.update(int(kept.sum()))
+            if bar.n >= settings.calibration_tokens:
+                break
+    return moments
+
+
+def write_layer(checkpoint: Checkpoint, folder: Path, settings: ImportSettings, measured: int) -> None:
+    """Writes one layer's folder of a run."""
+    model = BilinearTC(checkpoint.config)
+    model.to(next(iter(checkpoint.weights.values())).dtype)
+    model.load_state_dict({**checkpoint.weights, **checkpoint.statistics})
+    model.save_pretrained(folder)
+    for name in CODE_FILES:  # they lie once, at the run's root
+        (folder / name).unlink(missing_ok=True)
+    write_yaml(checkpoint.settings or layer_settings(checkpoint, settings, measured), folder / "config.yaml")
+    columns = {"step": checkpoint.history["step"], "tokens": tokens_column(checkpoint, settings)}
+    columns |= {name: checkpoint.history[name] for name in HISTORIES}
+    kinds = {"step": pyarrow.int64(), "tokens": pyarrow.int64()}
+    table = {name: pyarrow.array(values, kinds.get(name, pyarrow.float64())) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "history.parquet")
+
+
+def tokens_column(checkpoint: Checkpoint, settings: ImportSettings) -> list[int]:
+    """Tokens read up to and including each step."""
+    rows = settings.batch_size * settings.seq_len
+    return checkpoint.history.get("tokens", [step * rows for step in checkpoint.history["step"]])
+
+
+def known_settings(checkpoint: Checkpoint, settings: ImportSettings) -> dict[str, Any]:
+    """What is known of the fit of a checkpoint that brings no settings: the training code that wrote that layout
+    starts from noise, cuts documents to one sequence each and z-scores by each batch's own statistics."""
+    match = re.search(r"_(muon|adamw)_\d+b\.pt$", checkpoint.path.name)
+    known = {
+        "dataset": settings.dataset,
+        "dataset_config": settings.dataset_config,
+        "split": settings.split,
+        "text_column": settings.text_column,
+        "seq_len": settings.seq_len,
+        "batch_size": settings.batch_size,
+        "max_steps": checkpoint.steps,
+        "init": "random",
+        "optimizer": match[1] if match else None,
+        "normalization": "batch",
+        "pack": False,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def layer_settings(checkpoint: Checkpoint, settings: ImportSettings, measured: int) -> dict[str, Any]:
+    """config.yaml of a layer whose checkpoint brings no settings."""
+    tokens = tokens_column(checkpoint, settings)
+    return {
+        "layer": checkpoint.layer,
+        **{name: getattr(checkpoint.config, name) for name in CONFIG_FIELDS if name != "layer_index"},
+        **known_settings(checkpoint, settings),
+        "imported": {"checkpoint": checkpoint.path.name, "statistics_tokens": measured},
+        "fit": {"steps": checkpoint.steps, "tokens": tokens[-1] if tokens else 0},
+    }
+
+
+def imported_recipe(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> dict[str, Any]:
+    """recipe.yaml of an import: the settings that are known, the others left out."""
+    first = checkpoints[0]
+    known = first.settings or known_settings(first, settings)
+    recipe = {
+        **{field.name: known[field.name] for field in fields(Recipe) if field.name in known},
+        "base": first.config.base_model,
+        "base_revision": first.config.base_revision,
+        "layers": ",".join(str(checkpoint.layer) for checkpoint in checkpoints),
+        "form": first.config.form,
+        "hidden_multiplier": first.config.n_hidden / first.config.n_inputs,
+        "bias": first.config.bias,
+    }
+    Recipe(**recipe)
+    return recipe
+
+
+def copy_run_files(source: Path, target: Path) -> None:
+    """Copies what a run says of all its layers together, where the source says it."""
+    with written_whole(target) as scratch:
+        for name in RUN_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, scratch / name)
+
+
+def write_yaml(content: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def export_run(run: Path, folder: Path | None) -> list[Path]:
+    """Writes every layer of a run in the `.pt` layout, into `folder` or, without one, beside the run's own files."""
+    target = run if folder is None else folder
+    written = [
+        export_checkpoint(run, layer, target / source.name)
+        for layer, source in tqdm(layer_folders(run).items(), desc="exporting", unit="layer")
+    ]
+    if folder is not None:
+        copy_run_files(run, folder)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Turns checkpoints in the earlier .pt layout into a run, and back.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="checkpoints → run", allow_abbrev=False)
+    importing.add_argument("folder", type=Path, metavar="FOLDER", help="holds layer_0/*.pt and so on")
+    importing.add_argument("--output_dir", type=Path, required=True, metavar="RUN", help="where the run goes")
+    help_texts = {
+        "base": "the model that they were fitted for: a Hub id or a folder",
+        "base_revision": "its branch, tag or commit",
+        "dataset": "text to measure statistics on, the text that they were fitted on",
+        "dataset_config": "its configuration name",
+        "split": "its split",
+        "text_column": "the column that holds a document's text",
+        "calibration_tokens": "how many tokens to measure on",
+        "seq_len": "tokens a sequence, in the fit and for measuring",
+        "batch_size": "sequences a batch, in the fit",
+    }
+    for field in fields(ImportSettings):
+        kind = int if isinstance(field.default, int) else str
+        default = "" if field.default is None else f" (default {field.default})"
+        importing.add_argument(
+            f"--{field.name}", type=kind, default=field.default, help=help_texts[field.name] + default
+        )
+    exporting = commands.add_parser("export", help="run → checkpoints", allow_abbrev=False)
+    exporting.add_argument("run", type=Path, metavar="RUN")
+    exporting.add_argument(
+        "--output_dir", type=Path, metavar="FOLDER", help="where they go; beside the run's own files if left out"
+    )
+    arguments = vars(parser.parse_args())
+    if arguments.pop("command") == "export":
+        for path in export_run(arguments["run"], arguments["output_dir"]):
+            print(path)
+        return
+    folder, run = arguments.pop("folder"), arguments.pop("output_dir")
+    print(import_checkpoints(folder, run, ImportSettings(**arguments)))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,289 @@
+"""One layer's checkpoint in the earlier `.pt` layout: read without trusting it, and written.
+
+A file is a pickled dict:
+
+| key | what |
+| --- | --- |
+| model_state_dict | `left`, `right`, `head`, or `W_left`, `W_right`: weights on z-scored inputs and outputs |
+| optimizer_state_dict | not read; empty in a file written here, since a run publishes no training state |
+| config | n_inputs, n_hidden, n_outputs, bias: a dataclass of some module; here a dict with attributes |
+| mse_losses, variance_explained, fvu_values | a value a training batch |
+| layer_idx, d_model | the layer, its width |
+
+A file written here has four keys more, so that reading it gives the layer back whole: `statistics` (the vectors of the
+z-scores), `steps` and `tokens` (the other columns of history.parquet), `settings` (config.yaml).
+
+Reading is by torch's restricted unpickler, with an inert stand-in for the class of `config` alone: a pickle that asks
+for anything else is refused, and nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.modeling_bilinear_tc import STATISTICS
+from bilinear_tc.train.run import written_whole
+from bilinear_tc.upload.results import read_history, read_yaml
+
+CONFIG_FIELDS = (
+    "n_inputs",
+    "n_hidden",
+    "n_outputs",
+    "bias",
+    "form",
+    "base_model",
+    "base_revision",
+    "layer_index",
+    "mlp_path",
+)
+MAPS = {"bilinear": ("left", "right", "head"), "input_sum": ("W_left", "W_right")}
+HISTORIES = {"mse": "mse_losses", "variance_explained": "variance_explained", "fvu": "fvu_values"}
+
+
+@dataclass
+class Checkpoint:
+    """One layer, as a `.pt` file has it.
+
+    Attributes:
+        path: the file.
+        layer: the layer's index.
+        config: widths, bias and form; base, revision and MLP path where the file names them (exports do).
+        weights: the maps' parameters, named as `BilinearTC` names them; memory-mapped.
+        statistics: the four vectors of the z-scores, None where the file has none.
+        history: the columns of history.parquet; `tokens` is missing where the file does not tell.
+        settings: config.yaml's content, None where the file has none.
+    """
+
+    path: Path
+    layer: int
+    config: BilinearTCConfig
+    weights: dict[str, Tensor]
+    statistics: dict[str, Tensor] | None
+    history: dict[str, list]
+    settings: dict[str, Any] | None
+
+    @property
+    def steps(self) -> int:
+        return len(self.history["step"])
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads one `.pt` file, running nothing that is in it.
+
+    Raises:
+        ValueError: where it is not a torch checkpoint, asks for a class other than its config's, or lacks a key.
+    """
+    content = load_inert(path)
+    if not isinstance(content, dict) or "model_state_dict" not in content:
+        raise ValueError(f"{path} is not a transcoder's checkpoint: expected a dict with the key model_state_dict")
+    weights, widths, form = read_weights(content["model_state_dict"], path)
+    layer = read_layer(content, path)
+    config = content.get("config", {})
+    config = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    for name, width in widths.items():
+        if config.get(name, width) != width:
+            raise ValueError(f"{path}: its config says {name} {config[name]}, its weights say {width}")
+    belongs = {name: config[name] for name in ("base_model", "base_revision", "mlp_path") if name in config}
+    bias = any(name.endswith(".bias") for name in weights)
+    return Checkpoint(
+        path=path,
+        layer=layer,
+        config=BilinearTCConfig(**widths, bias=bias, form=form, layer_index=layer, **belongs),
+        weights=weights,
+        statistics=read_statistics(content, widths, path),
+        history=read_columns(content, path),
+        settings=content.get("settings"),
+    )
+
+
+def load_inert(path: Path) -> Any:
+    """A pickled checkpoint's content, its tensors memory-mapped, the object at `config` as a bag of attributes.
+
+    Raises:
+        ValueError: where the file is no torch checkpoint or its pickle asks for anything but tensors and that class.
+    """
+    named, config_class = pickled_globals(path)
+    try:
+        with allowed(stand_in(config_class) if config_class and not is_plain(config_class) else None):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a crafted pickle can make the unpickler fail in any way
+        foreign = sorted(name for name in named - {config_class} if not is_plain(name))
+        asks = f"asks for {', '.join(foreign)}" if foreign else f"cannot be read ({str(error).splitlines()[0]})"
+        raise ValueError(
+            f"{path} {asks}: expected tensors, plain values and one config object; it is refused, and nothing in it "
+            "was run"
+        ) from error
+
+
+def is_plain(name: str) -> bool:
+    """Whether a pickle may name this to say what a tensor or a dict is."""
+    return name.startswith(("torch.", "collections."))
+
+
+def pickled_globals(path: Path) -> tuple[set[str], str | None]:
+    """Every class or function that a checkpoint's pickle names, and the one among them that its `config` is made of.
+
+    The pickle is disassembled, not loaded. The config's class is what is named right after the key "config".
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            operations = [
+                (op.name, argument)
+                for op, argument, _ in pickletools.genops(archive.read(name))
+                if op.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+            ]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as a torch checkpoint (a zip archive): {error}") from error
+    except ValueError as error:  # no data.pkl in it, or no pickle
+        raise ValueError(f"{path} holds no readable pickle: expected a checkpoint written by torch.save") from error
+    named, config_class, previous = set(), None, None
+    for name, argument in operations:
+        if name == "GLOBAL":
+            named.add(argument.replace(" ", "."))
+            if previous == "config":
+                config_class = argument.replace(" ", ".")
+        previous = argument
+    return named, config_class
+
+
+def stand_in(name: str) -> type:
+    """A class of that name without behaviour: made without arguments, it takes attributes and keeps them."""
+    module, _, qualified = name.rpartition(".")
+    return type(qualified, (), {"__module__": module, "__qualname__": qualified})
+
+
+@contextmanager
+def allowed(cls: type | None) -> Iterator[None]:
+    """Lets the restricted unpickler make objects of one class more, by a way that torch 2.4 has too."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([cls] if cls else [])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def read_weights(state: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, int], str]:
+    """Weights, widths and form of a state dict; a map without a bias among maps with one gets a bias of zeros.
+
+    Raises:
+        ValueError: where its maps are neither left, right, head nor W_left, W_right, or their widths do not match.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: model_state_dict must hold tensors by name")
+    # torch.compile and data-parallel wrappers put their own name before each parameter's
+    weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.detach() for name, tensor in state.items()}
+    maps = {name.rpartition(".")[0] for name in weights}
+    form = next((form for form, names in MAPS.items() if maps == set(names)), None)
+    expected = {f"{name}.{kind}" for name in MAPS.get(form, ()) for kind in ("weight", "bias")} - {"W_right.bias"}
+    if form is None or not set(weights) <= expected or any(f"{name}.weight" not in weights for name in maps):
+        raise ValueError(
+            f"{path}: model_state_dict holds {', '.join(sorted(weights)) or 'nothing'}; expected left, right and head, "
+            "each with weight and bias, or W_left.weight, W_left.bias and W_right.weight"
+        )
+    first, last = ("left", "head") if form == "bilinear" else ("W_right", "W_left")
+    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in maps}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"{path}: expected matrices, got {shapes}")
+    (n_hidden, n_inputs), (n_outputs, taken) = shapes[first], shapes[last]
+    if taken != n_hidden or shapes.get("right", shapes[first]) != shapes[first]:
+        raise ValueError(f"{path}: the widths of its maps do not match: {shapes}")
+    if any(name.endswith(".bias") for name in weights):
+        for name in maps - {"W_right"}:
+            weights.setdefault(f"{name}.bias", weights[f"{name}.weight"].new_zeros(shapes[name][0]))
+    return weights, {"n_inputs": n_inputs, "n_hidden": n_hidden, "n_outputs": n_outputs}, form
+
+
+def read_statistics(content: dict, widths: dict[str, int], path: Path) -> dict[str, Tensor] | None:
+    """The vectors of the z-scores, checked; None where the checkpoint has none."""
+    statistics = content.get("statistics")
+    if statistics is None:
+        return None
+    expected = {name: (widths["n_inputs" if name.startswith("input") else "n_outputs"],) for name in STATISTICS}
+    found = {name: tuple(getattr(value, "shape", ())) for name, value in dict(statistics).items()}
+    if found != expected:
+        raise ValueError(f"{path}: expected statistics of the shapes {expected}, got {found}")
+    return dict(statistics)
+
+
+def read_layer(content: dict, path: Path) -> int:
+    """The layer's index, from the checkpoint or else from the file's name."""
+    layer = content.get("layer_idx")
+    if layer is None and (match := re.search(r"_l(\d+)_", path.name)):
+        layer = int(match[1])
+    if not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"{path} does not tell its layer: expected a whole number at layer_idx, got {layer!r}")
+    return layer
+
+
+def read_columns(content: dict, path: Path) -> dict[str, list]:
+    """The columns of history.parquet: steps counted from 1 where the checkpoint does not number them."""
+    columns = {name: [float(value) for value in content.get(key, [])] for name, key in HISTORIES.items()}
+    steps = len(columns["fvu"])
+    columns["step"] = list(content.get("steps", range(1, steps + 1)))
+    if "tokens" in content:
+        columns["tokens"] = list(content["tokens"])
+    lengths = {name: len(values) for name, values in columns.items()}
+    if set(lengths.values()) != {steps}:
+        raise ValueError(f"{path}: its histories differ in length ({lengths}); expected one value a batch in each")
+    return columns
+
+
+def export_checkpoint(run: Path, layer: int, folder: Path) -> Path:
+    """Writes one layer of a run as `transcoder_weights_l{L}_bilinear_{optimizer}_{steps}b.pt`.
+
+    `config` is an OrderedDict whose entries are attributes too: `torch.load` reads it with `weights_only=True`, its
+    default, without any module of ours, and `config.n_inputs` works as the readers of that layout write it.
+
+    Args:
+        run: the run, or a repository built from one.
+        layer: the layer.
+        folder: where the file goes.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: where the run does not hold that layer whole.
+    """
+    source = run / f"layer_{layer}"
+    try:
+        config = BilinearTCConfig.from_pretrained(source)
+        tensors = load_file(source / "model.safetensors")
+    except Exception as error:  # safetensors raises an error class of its own for a broken file
+        raise ValueError(f"{source} is not a readable layer: {str(error).splitlines()[0]}") from error
+    history = {name: column.tolist() for name, column in read_history(source).items()}
+    settings = read_yaml(source / "config.yaml")
+    described = OrderedDict((name, getattr(config, name)) for name in CONFIG_FIELDS)
+    vars(described).update(described)
+    content = {
+        "model_state_dict": {name: tensor for name, tensor in tensors.items() if name not in STATISTICS},
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+        "config": described,
+        **{key: history[name] for name, key in HISTORIES.items()},
+        "layer_idx": layer,
+        "d_model": config.n_inputs,
+        "statistics": {name: tensors[name] for name in STATISTICS},
+        "steps": history["step"],
+        "tokens": history["tokens"],
+        "settings": settings,
+    }
+    name = f"transcoder_weights_l{layer}_bilinear_{settings.get('optimizer', 'muon')}_{len(history['step'])}b.pt"
+    with written_whole(folder) as scratch:
+        torch.save(content, scratch / name)
+    return folder / name
