@@ -1,0 +1,462 @@
+"""Batched Muon against singular value decompositions, a float64 loop, torch.optim.Muon and itself on more processes.
+
+Rounding in half precision is simulated on the CPU: products accumulate in float32 and round once, as tensor cores do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from bilinear_tc.train.muon import COEFFICIENTS, Muon, flops, orthogonalize, polynomials, restart_interval
+
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+CLASSIC = (3.4445, -4.7750, 2.0315)
+SPECTRA = ("gaussian", "condition 1e6", "power law", "rank 3", "one dominant", "positive")
+
+
+def matrix(spectrum: str, rows: int, cols: int, seed: int = 0) -> Tensor:
+    """A float64 matrix [rows, cols] of Frobenius norm 1 whose singular values are as named."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
+    if spectrum == "positive":  # a dominant mean, as in gradients of uncentred activations
+        noise = noise.uniform_(generator=generator) + 0.05 * torch.randn(rows, cols, generator=generator)
+    elif spectrum != "gaussian":
+        u, s, v = torch.linalg.svd(noise, full_matrices=False)
+        index = torch.arange(len(s), dtype=torch.float64)
+        s = {
+            "condition 1e6": 10 ** (-6 * index / (len(s) - 1)),
+            "power law": (index + 1) ** -1.5,
+            "rank 3": (index < 3).double(),
+            "one dominant": torch.where(index == 0, 1.0, 1e-3),
+        }[spectrum]
+        noise = u * s @ v
+    return noise / noise.norm()
+
+
+def exact(matrices: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
+    """The polynomials applied to the singular values of each normalised matrix, in float64."""
+    u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for a, b, c in schedule:
+        s = a * s + b * s**3 + c * s**5
+    return u * s[..., None, :] @ v
+
+
+def rounding_bound(matrix: Tensor, schedule: list[tuple[float, float, float]], unit: float) -> float:
+    """First-order bound on the Frobenius error of plain Newton–Schulz that rounds every product to relative `unit`.
+
+    Each step adds the rounding of G, of b·G + c·G² and of the new X, and passes the error that it got on, enlarged at
+    most by the largest divided difference of its polynomial over the singular values (Daleckii–Krein).
+    """
+    s = torch.linalg.svdvals(matrix.double())
+    s = s / s.norm()
+    error = 3 * unit  # the cast, the norm and the division, of a matrix of norm 1
+    for a, b, c in schedule:
+        p = a * s + b * s**3 + c * s**5
+        gram_error = unit * (s**2).norm()
+        step_error = (abs(b) + 2 * abs(c) * s.max() ** 2) * gram_error
+        step_error += 2 * unit * (abs(b) * (s**2).norm() + abs(c) * (s**4).norm())
+        own = step_error * s.max() + 2 * unit * (a * s.norm() + (p - a * s).norm())
+        gaps, sums = s[:, None] - s, s[:, None] + s
+        slopes = torch.where(gaps.abs() < 1e-9, a + 3 * b * s**2 + 5 * c * s**4, (p[:, None] - p) / gaps)
+        growth = torch.stack([slopes.abs().max(), ((p[:, None] + p) / sums).abs().max(), (p / s).abs().max()]).max()
+        error = growth * error + own
+        s = p
+    return float(error)
+
+
+class TensorCores(TorchDispatchMode):
+    """Half-precision batched products as a GPU makes them: exact products, float32 sums, one rounding."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        half = next(
+            (x.dtype for x in args if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)), None
+        )
+        if half is None or func not in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            return func(*args, **(kwargs or {}))
+        args = [x.float() if isinstance(x, Tensor) else x for x in args]
+        return func(*args, **(kwargs or {})).to(half)
+
+
+class CallCounter(TorchDispatchMode):
+    """How often each operator was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+def spectral_error(actual: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(actual.double() - expected, 2))
+
+
+# --- polynomials ------------------------------------------------------------------------------------------------
+
+
+def minimax_quintic(lower: float, upper: float) -> np.ndarray:
+    """(a, b, c) of the odd quintic nearest to 1 on [lower, upper], by Remez's exchange of its four extrema."""
+    points = np.array([lower, (3 * lower + upper) / 4, (lower + 3 * upper) / 4, upper])
+    for _ in range(50):
+        system = np.stack([points, points**3, points**5, np.array([1, -1, 1, -1])], axis=1)
+        a, b, c, _ = np.linalg.solve(system, np.ones(4))
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        points[1:3] = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+    return np.array([a, b, c])
+
+
+def test_polar_express_is_the_sequence_of_minimax_polynomials():
+    lower, upper, cushion = 1e-3, 1.0, 0.02407327424182761
+    for step in range(7):
+        odd = minimax_quintic(max(lower, cushion * upper), upper)
+        ends = [float(odd @ [x, x**3, x**5]) for x in (lower, upper)]
+        odd = odd * 2 / sum(ends)  # as far above 1 at the upper end as below it at the lower
+        lower, upper = sorted(2 * end / sum(ends) for end in ends)
+        np.testing.assert_allclose(COEFFICIENTS["polar_express"][step], odd / 1.01 ** np.array([1, 3, 5]), rtol=1e-9)
+    assert COEFFICIENTS["polar_express"][7] == (15 / 8, -10 / 8, 3 / 8)
+
+
+def test_coefficients_may_be_named_shared_by_all_steps_or_one_a_step():
+    other = (2.0, -1.5, 0.5)
+    assert polynomials("classic", 3) == [CLASSIC] * 3
+    assert polynomials(CLASSIC, 2) == [CLASSIC] * 2
+    assert polynomials([CLASSIC, other], 4) == [CLASSIC, other, other, other]
+    assert polynomials("polar_express", 9)[7:] == [(1.875, -1.25, 0.375)] * 2
+
+
+# --- orthogonalize ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("restart", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(3, 24, 8), (3, 8, 24), (2, 9, 9), (1, 1, 7), (2, 7, 1), (10, 6), (2, 2, 4, 9)])
+def test_every_form_is_the_polynomial_of_the_singular_values(shape, restart, coefficients):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = x.clone()
+    actual = orthogonalize(x, coefficients=coefficients, restart=restart)
+    torch.testing.assert_close(actual, exact(x, polynomials(coefficients, 5)), rtol=0, atol=1e-11)
+    assert torch.equal(x, before)
+
+
+def test_the_last_polynomial_is_repeated_and_singular_values_converge_to_one():
+    x = matrix("gaussian", 12, 30)
+    s = torch.linalg.svdvals(orthogonalize(x, steps=12, coefficients="polar_express"))
+    torch.testing.assert_close(s, torch.ones_like(s), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("restart", [None, 1])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64)])
+def test_float32_is_exact_to_its_rounding_on_ill_conditioned_matrices(shape, spectrum, restart, coefficients):
+    schedule = polynomials(coefficients, 5)
+    # The composed polynomial enlarges no rounding error more than its slope at 0, the product of all a. The Gram form
+    # enlarges an error of G by a² a step, but only for two steps: no more. Eight roundings: those of a step's products.
+    slope = math.prod(a for a, _, _ in schedule)
+    x = matrix(spectrum, *shape).float()
+    actual = orthogonalize(x[None], coefficients=coefficients, restart=restart)[0]
+    assert actual.dtype == torch.float32
+    assert spectral_error(actual, exact(x, schedule)) <= 8 * slope * UNIT_ROUNDOFF[torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16), (2, 16, 4), (2, 5, 5), (2, 1, 3)])
+def test_zero_stays_zero_beside_a_matrix_that_is_not(shape):
+    x = torch.zeros(shape)
+    x[1, 0, 0] = -1e-6
+    actual = orthogonalize(x)
+    assert torch.equal(actual[0], torch.zeros(shape[1:]))
+    expected = exact(x[1:], [CLASSIC] * 5)[0]
+    torch.testing.assert_close(actual[1].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64)])
+def test_float16_gram_form_stays_near_the_exact_result(shape, spectrum, coefficients):
+    x = matrix(spectrum, *shape).float()[None]
+    expected = exact(x, polynomials(coefficients, 5))
+    with TensorCores():
+        half = orthogonalize(x, coefficients=coefficients, dtype=torch.float16)
+        brain = orthogonalize(x, coefficients=coefficients, dtype=torch.bfloat16)
+    assert restart_interval(*shape, torch.float16) > 1
+    assert restart_interval(*shape, torch.bfloat16) == 1
+    assert half.dtype == torch.float16
+    # bfloat16's plain form is what torch.optim.Muon trains with: float16's Gram form must do as well, or else stay
+    # well inside the 0.3 by which the classic polynomial itself misses 1.
+    assert spectral_error(half[0], expected[0]) < max(0.1, spectral_error(brain[0], expected[0]))
+    assert spectral_error(brain[0], expected[0]) < 0.6
+
+
+def test_half_precision_needs_the_restart():
+    x = matrix("one dominant", 64, 256).float()[None]
+    expected = exact(x, [CLASSIC] * 5)
+    with TensorCores():
+        without, with_restart = (orthogonalize(x, dtype=torch.float16, restart=steps) for steps in (5, 3))
+    assert relative_error(without, expected) > 10 * relative_error(with_restart, expected)
+
+
+def test_a_gradient_below_float16s_range_is_not_lost():
+    x = 1e-6 * matrix("gaussian", 16, 64).float()[None] / 16
+    with TensorCores():
+        assert relative_error(orthogonalize(x, eps=0.0, dtype=torch.float16), exact(x, [CLASSIC] * 5)) < 0.05
+
+
+@pytest.mark.parametrize("restart", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 40), (8, 8)])
+def test_flops_is_what_a_counter_counts(shape, restart):
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(3, *shape), restart=restart)
+    assert counter.get_total_flops() == 3 * flops(*shape, restart=restart)
+
+
+@pytest.mark.parametrize("large", [8, 11, 12, 13, 16, 64])
+def test_the_form_chosen_is_the_cheaper_one(large):
+    chosen = restart_interval(large, 8, torch.float32)
+    assert flops(large, 8, restart=chosen) == min(flops(large, 8, restart=1), flops(large, 8, restart=3))
+
+
+def test_compiles_into_one_graph():
+    x = torch.randn(3, 16, 40)
+    compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), orthogonalize(x), rtol=1e-4, atol=1e-5)
+
+
+# --- the optimiser ----------------------------------------------------------------------------------------------
+
+SHAPES = [(3, 20, 8), (2, 20, 8), (3, 8, 20), (12, 10)]  # left, right, head, a single matrix
+
+
+def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype) / 128
+
+
+def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def reference_steps(
+    params: list[Tensor], steps: range, *, lr, weight_decay, momentum=0.95, nesterov=True, adjust_lr="original"
+) -> list[Tensor]:
+    """Muon's formulas in float64, one matrix at a time, orthogonalised through its singular values."""
+    params = [param.detach().double().clone() for param in params]
+    buffers = [torch.zeros_like(param) for param in params]
+    for step in steps:
+        twins = [torch.nn.Parameter(param.float()) for param in params]
+        set_gradients(twins, step)
+        for param, buffer, twin in zip(params, buffers, twins, strict=True):
+            rows, cols = param.shape[-2:]
+            adjust = math.sqrt(max(1, rows / cols)) if adjust_lr == "original" else 0.2 * math.sqrt(max(rows, cols))
+            buffer.copy_(momentum * buffer + (1 - momentum) * twin.grad.double())
+            update = (1 - momentum) * twin.grad.double() + momentum * buffer if nesterov else buffer
+            for w, u in zip(param.view(-1, rows, cols), update.view(-1, rows, cols), strict=True):
+                w.copy_(w - lr * weight_decay * w - lr * adjust * exact(u, [CLASSIC] * 5))
+    return params
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.02, "weight_decay": 0.01},
+        {"lr": 0.1, "weight_decay": 0.0, "nesterov": False},
+        {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5, "adjust_lr": "match_rms_adamw"},
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_steps_equal_a_float64_loop_over_single_matrices(dtype, tolerance, options):
+    params = parameters(dtype)
+    expected = reference_steps(params, range(4), **options)
+    optimizer = Muon(params, **options)
+    take_steps(optimizer, params, range(4))
+    for actual, reference in zip(params, expected, strict=True):
+        torch.testing.assert_close(actual.detach().double(), reference, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_each_layer_steps_as_torch_optim_muon_does_within_its_bfloat16_rounding(nesterov, adjust_lr):
+    lr, shared = 0.02, {"weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov}
+    params = parameters(shapes=[(3, 96, 24), (2, 24, 96)])
+    layers = [torch.nn.Parameter(layer.clone()) for param in params for layer in param.detach()]
+    ours = Muon(params, lr, adjust_lr=adjust_lr, **shared)
+    torchs = torch.optim.Muon(layers, lr, adjust_lr_fn=adjust_lr, **shared)
+    bounds = [0.0] * len(layers)
+    for step in range(3):
+        set_gradients(params, step)
+        gradients = [layer for param in params for layer in param.grad]
+        for layer, gradient in zip(layers, gradients, strict=True):
+            layer.grad = gradient.clone()
+        ours.step()
+        torchs.step()
+        for index, layer in enumerate(layers):
+            buffer = torchs.state[layer]["momentum_buffer"]
+            update = torch.lerp(layer.grad, buffer, 0.95) if nesterov else buffer
+            rows, cols = layer.shape
+            adjust = math.sqrt(max(1, rows / cols)) if adjust_lr == "original" else 0.2 * math.sqrt(max(rows, cols))
+            bounds[index] += lr * adjust * rounding_bound(update, [CLASSIC] * 5, UNIT_ROUNDOFF[torch.bfloat16])
+    for param, index in zip(params, (0, 3), strict=True):
+        for offset, layer in enumerate(param.detach()):
+            distance = float((layer - layers[index + offset].detach()).norm())
+            travelled = 3 * lr * math.sqrt(24)
+            assert distance <= bounds[index + offset]
+            assert distance < 0.05 * travelled
+
+
+def test_normuon_is_the_papers_algorithm():
+    lr, weight_decay, beta1, beta2 = 0.03, 0.1, 0.9, 0.8
+    params = parameters(torch.float64, shapes=[(2, 12, 5), (5, 12)])
+    layers = [layer.clone() for param in params for layer in param.detach().reshape(-1, *param.shape[-2:])]
+    momenta = [torch.zeros_like(layer) for layer in layers]
+    squares = [torch.zeros(len(layer), dtype=torch.float64) for layer in layers]
+    optimizer = Muon(
+        params, lr, weight_decay=weight_decay, momentum=beta1, nesterov=False, variant="normuon", beta2=beta2
+    )
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+        gradients = [layer for param in params for layer in param.grad.reshape(-1, *param.shape[-2:])]
+        for w, m, v, gradient in zip(layers, momenta, squares, gradients, strict=True):
+            m.copy_(beta1 * m + (1 - beta1) * gradient)
+            o = exact(m, [CLASSIC] * 5)
+            v.copy_(beta2 * v + (1 - beta2) * (o * o).mean(1))
+            o = o / (v.sqrt()[:, None] + 1e-8)
+            w.copy_(w - lr * weight_decay * w - 0.2 * lr * math.sqrt(o.numel()) / o.norm() * o)
+    actual = [layer for param in params for layer in param.detach().reshape(-1, *param.shape[-2:])]
+    for layer, reference in zip(actual, layers, strict=True):
+        torch.testing.assert_close(layer, reference, rtol=0, atol=1e-10)
+
+
+def test_parameters_of_one_shape_share_one_newton_schulz():
+    def products(shapes) -> int:
+        params = parameters(shapes=shapes)
+        optimizer = Muon(params)
+        set_gradients(params, 0)
+        with CallCounter() as counter:
+            optimizer.step()
+        return counter.calls["bmm"] + counter.calls["baddbmm"]
+
+    one = products([(3, 20, 8)])
+    assert products([(3, 20, 8), (2, 20, 8), (20, 8)]) == one
+    assert products([(3, 20, 8), (3, 8, 20)]) == 2 * one
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    params = parameters()
+    before = params[1].detach().clone()
+    optimizer = Muon(params)
+    set_gradients(params, 0)
+    params[1].grad = None
+    gradients = [None if param.grad is None else param.grad.clone() for param in params]
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state
+    assert all(param.grad is None or torch.equal(param.grad, old) for param, old in zip(params, gradients, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+def test_state_dict_goes_on_bit_for_bit(variant, tmp_path: Path):
+    params = parameters()
+    optimizer = Muon(params, variant=variant)
+    take_steps(optimizer, params, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = Muon(twins, lr=9.0, variant=variant)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    take_steps(optimizer, params, range(3, 6))
+    take_steps(resumed, twins, range(3, 6))
+    assert all(torch.equal(param, twin) for param, twin in zip(params, twins, strict=True))
+    assert copy.deepcopy(resumed).state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be 0 or more, not -1.0"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
+        ({"adjust_lr": "none"}, "original, match_rms_adamw"),
+        ({"variant": "adamuon"}, "muon, normuon"),
+        ({"coefficients": "newton"}, "classic, polar_express"),
+        ({"coefficients": [(1.0, 2.0)]}, "triples"),
+        ({"steps": 0}, "at least one step"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Muon(parameters(), **options)
+
+
+def test_biases_and_bad_batches_are_refused():
+    with pytest.raises(ValueError, match=r"not \[7\] of torch.float32; give biases to torch.optim.AdamW"):
+        Muon([torch.nn.Parameter(torch.zeros(7))])
+    with pytest.raises(ValueError, match=r"not the shape \[3\]"):
+        orthogonalize(torch.zeros(3))
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+# Seven and two matrices: shares of 4 and 3, or 3, 3 and 1; and of 1 and 1, or 1, 1 and none.
+SHARED_SHAPES = [(4, 24, 8), (3, 24, 8), (2, 8, 24)]
+
+
+def _work(rank: int, folder: Path) -> None:
+    """Takes the same steps on 3, then on 2 processes, and saves what this one ends with."""
+    torch.set_num_threads(1)
+    for processes in (3, 2):
+        if rank >= processes:
+            return
+        rendezvous = f"file://{folder / f'rendezvous-{processes}'}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
+        for variant in ("muon", "normuon"):
+            params = parameters(shapes=SHARED_SHAPES)
+            optimizer = Muon(params, variant=variant)
+            with FlopCounterMode(display=False) as counter:
+                take_steps(optimizer, params, range(3))
+            result = [param.detach() for param in params], optimizer.state_dict()["state"], counter.get_total_flops()
+            torch.save(result, folder / f"{variant}-{rank}-of-{processes}.pt")
+        dist.destroy_process_group()
+
+
+def test_two_and_three_processes_share_the_work_and_end_as_one_does(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    multiprocessing.spawn(_work, args=(tmp_path,), nprocs=3)
+    matrix_flops = flops(24, 8, restart=3)
+    for variant in ("muon", "normuon"):
+        params = parameters(shapes=SHARED_SHAPES)
+        optimizer = Muon(params, variant=variant)
+        take_steps(optimizer, params, range(3))
+        for processes, shares in ((2, (5, 4)), (3, (4, 4, 1))):
+            for rank, share in enumerate(shares):
+                result = torch.load(tmp_path / f"{variant}-{rank}-of-{processes}.pt")
+                assert all(torch.equal(*pair) for pair in zip(params, result[0], strict=True))
+                for index, state in optimizer.state_dict()["state"].items():
+                    assert all(torch.equal(value, result[1][index][name]) for name, value in state.items())
+                assert result[2] == 3 * share * matrix_flops
