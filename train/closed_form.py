@@ -205,7 +205,7 @@ def share_scale(transcoder: BilinearTC) -> None:
         ]
     )
     alive = sizes.prod(0) > 0
-    factors = torch.where(alive, sizes.log().mean(0).exp() / sizes, 1).float()
+    factors = torch.where(alive, sizes.log().mean(0).exp() / sizes, 1).to(head.weight.dtype)
     for module, factor in ((left, factors[0]), (right, factors[1])):
         module.weight.mul_(factor[:, None])
         module.bias.mul_(factor)

@@ -111,9 +111,7 @@ def export(folder: Path, recipe: Recipe, fitter: Fitter, progress: Progress) -> 
         steps=progress.steps,
         tokens=progress.tokens_read,
         seconds=round(progress.wall_time(), 1),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
+        device=torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
         processes=accelerator.num_processes,
         dtype=str(fitter.stack.dtype).removeprefix("torch."),
     )

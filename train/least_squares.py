@@ -65,8 +65,10 @@ class LeastSquares:
         feature_mean, target_mean = self.feature_sums[layer] / n, self.target_sums[layer] / n
         covariance = self.gram[layer] / n - torch.outer(feature_mean, feature_mean)
         cross = self.cross[layer] / n - torch.outer(feature_mean, target_mean)
-        std = covariance.diagonal().clamp(min=0).sqrt()
-        varies = std > 1e-7 * std.max()
+        variance = covariance.diagonal()
+        # float32 products leave a constant feature a variance of about 1e-7 of its shifted mean square
+        varies = (variance > 1e-5 * self.gram[layer].diagonal() / n) & (variance > 1e-14 * variance.max())
+        std = variance.clamp(min=0).sqrt()
         if not varies.all():
             logger.warning("%d of %d features do not vary: they keep their start", (~varies).sum(), len(varies))
         inverse_std = torch.where(varies, 1 / std.where(varies, 1), 0)

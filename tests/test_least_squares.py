@@ -1,0 +1,75 @@
+"""Ridge least squares from normal equations, against torch.linalg.lstsq in float64."""
+
+import logging
+
+import torch
+
+from bilinear_tc.train.least_squares import LeastSquares
+
+
+def random_problem(rows=400, features=12, targets=5):
+    torch.manual_seed(0)
+    x = torch.randn(rows, features) @ torch.randn(features, features) + 30
+    y = torch.randn(rows, targets) + x[:, :targets] * 0.5 - 7
+    return x, y
+
+
+def accumulated(x, y, chunks=3):
+    equations = LeastSquares(x.mean(0, keepdim=True) + 0.3, y.mean(0, keepdim=True) - 0.1)
+    for x_part, y_part in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
+        equations.add(0, x_part, y_part)
+    return equations
+
+
+def lstsq(x, y):
+    """Weight and bias of the least-squares affine map, by QR in float64."""
+    design = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
+    solution = torch.linalg.lstsq(design, y.double()).solution
+    return solution[:-1].T, solution[-1]
+
+
+def test_without_a_ridge_it_is_the_least_squares_solution():
+    x, y = random_problem()
+    weight, bias = accumulated(x, y).solve(0, ridge=1e-12)
+    expected_weight, expected_bias = lstsq(x, y)
+    torch.testing.assert_close(weight, expected_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias, expected_bias, rtol=1e-4, atol=1e-3)
+
+
+def test_the_ridge_pulls_to_the_prior_in_units_of_each_feature():
+    """The ridge solution is the least-squares solution of the data with one pseudo-row a feature appended."""
+    x, y = random_problem()
+    prior, ridge = torch.randn(y.shape[1], x.shape[1]), 0.1
+    weight, _ = accumulated(x, y).solve(0, ridge=ridge, prior=prior)
+
+    centred_x, centred_y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+    pseudo_rows = torch.diag((ridge * len(x)) ** 0.5 * centred_x.std(0, correction=0))
+    design = torch.cat([centred_x, pseudo_rows])
+    targets = torch.cat([centred_y, pseudo_rows @ prior.T.double()])
+    torch.testing.assert_close(weight, torch.linalg.lstsq(design, targets).solution.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dead_feature_keeps_its_prior_with_a_warning(caplog):
+    x, y = random_problem()
+    x[:, 4] = 2.5
+    prior = torch.zeros(y.shape[1], x.shape[1])
+    prior[:, 4] = 3.0
+    with caplog.at_level(logging.WARNING):
+        weight, bias = accumulated(x, y).solve(0, ridge=1e-12, prior=prior)
+    assert "1 of 12 features do not vary" in caplog.text
+    assert weight.isfinite().all()
+    assert (weight[:, 4] == 3).all()
+    keep = [i for i in range(12) if i != 4]
+    expected_weight, expected_bias = lstsq(x[:, keep], y)
+    torch.testing.assert_close(weight[:, keep], expected_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias + 2.5 * weight[:, 4], expected_bias, rtol=1e-4, atol=1e-3)
+
+
+def test_collinear_features_stay_finite():
+    x, y = random_problem()
+    x[:, 7] = x[:, 6]
+    weight, bias = accumulated(x, y).solve(0, ridge=1e-6)
+    predicted = x.double() @ weight.T + bias
+    expected_weight, expected_bias = lstsq(x[:, [i for i in range(12) if i != 7]], y)
+    expected = x[:, [i for i in range(12) if i != 7]].double() @ expected_weight.T + expected_bias
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-3)

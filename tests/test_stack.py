@@ -1,0 +1,106 @@
+"""The stack's gradients and errors against autograd on unstacked float64 copies."""
+
+import copy
+
+import pytest
+import torch
+
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.fitter import make_transcoders
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.stack import Stack
+from bilinear_tc.train.tokens import TokenBatch
+
+CPU = torch.device("cpu")
+
+
+def filled(base, mask=None, micro_batch_size=3):
+    batch = TokenBatch(torch.randint(50, (5, 8), generator=torch.Generator().manual_seed(1)), mask)
+    activations = Activations(base, 40, device=CPU, dtype=torch.float32)
+    activations.fill(batch, micro_batch_size)
+    return batch, activations
+
+
+def test_activations_are_what_enters_and_leaves_each_mlp(neox):
+    batch, activations = filled(neox)
+    seen = {}
+    handles = [
+        neox.mlp(layer).register_forward_hook(lambda _m, x, y, layer=layer: seen.update({layer: (x[0], y)}))
+        for layer in neox.layers
+    ]
+    neox.model(input_ids=batch.input_ids)
+    for handle in handles:
+        handle.remove()
+    assert neox.mlp_path(1) == "gpt_neox.layers.1.mlp"
+    for layer, (x, y) in seen.items():
+        torch.testing.assert_close(activations.x[layer], x.flatten(0, 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(activations.y[layer], y.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_stopping_after_the_last_layer_changes_no_activation(neox):
+    batch, everything = filled(neox)
+    neox.layers = [0, 1]
+    neox.stop_after_last_layer()
+    assert len(neox.model.base_model.layers) == 2
+    activations = Activations(neox, 40, device=CPU, dtype=torch.float32)
+    activations.fill(batch, 5)
+    torch.testing.assert_close(activations.y, everything.y[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_never_enters(neox):
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[1, 3:], mask[4, 1:] = False, False
+    _, everything = filled(neox)
+    _, activations = filled(neox, mask)
+    assert activations.rows == mask.sum()
+    torch.testing.assert_close(activations.x, everything.x[:, mask.flatten()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("form", "bias"), [("bilinear", True), ("bilinear", False), ("input_sum", True)])
+def test_gradients_and_errors_equal_float64_autograd(neox, form, bias):
+    recipe = Recipe(form=form, bias=bias, init="random", hidden_multiplier=1.5)
+    transcoders = make_transcoders(recipe, neox, CPU)
+    references = [copy.deepcopy(t).double() for t in transcoders]
+    stack = Stack(transcoders, dtype=torch.float32)
+    _, activations = filled(neox)
+    inputs, outputs = activations.moments()
+    errors = stack.accumulate(activations, inputs, outputs, activations.rows, micro_rows=16)
+
+    for layer, reference in enumerate(references):
+        x, y = activations.x[layer].double(), activations.y[layer].double()
+        z = (y - y.mean(0)) / y.std(0, correction=0)
+        error = (reference.normalized_forward((x - x.mean(0)) / x.std(0, correction=0)) - z).square()
+        error.mean().backward()
+        assert errors[layer].item() == pytest.approx(error.sum().item(), rel=1e-4)
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(
+                stack.parameters[name].grad[layer].double(), parameter.grad, rtol=1e-3, atol=1e-6, msg=name
+            )
+
+
+def test_layers_are_views_of_the_stack_and_gradients_do_not_add_up_over_steps(neox):
+    stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32)
+    for name, stacked in stack.parameters.items():
+        stacked.data[2] += 1
+        assert stack.transcoders[2].get_parameter(name).data_ptr() == stacked.data[2].data_ptr()
+        assert stack.transcoders[2].get_parameter(name).grad.data_ptr() == stacked.grad[2].data_ptr()
+    _, activations = filled(neox)
+    inputs, outputs = activations.moments()
+    arguments = (activations, inputs, outputs, activations.rows, 40)
+    stack.accumulate(*arguments)
+    first = {name: p.grad.clone() for name, p in stack.parameters.items()}
+    stack.accumulate(*arguments)
+    for name, parameter in stack.parameters.items():
+        assert torch.equal(parameter.grad, first[name])
+        assert parameter.grad.any()
+
+
+def test_a_compiled_stack_gives_the_same_errors(neox):
+    _, activations = filled(neox)
+    inputs, outputs = activations.moments()
+    errors = []
+    for compile_ in (False, True):
+        torch.manual_seed(0)
+        stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32, compile=compile_)
+        errors.append(stack.accumulate(activations, inputs, outputs, activations.rows, 40))
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-4, atol=0)
