@@ -1,0 +1,500 @@
+"""Documents → fixed-length token batches: packed, shuffled, prefetched and resumable at every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+
+from .encode import EncodeError, Encoder, EncoderPool, Piece
+from .text import TextError
+
+if TYPE_CHECKING:
+    import accelerate
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Enough text for a worker's round trip not to count; the same for any number of workers, whose results must not differ.
+CHUNK_CHARACTERS = 1 << 17
+# A longer document is tokenised in pieces, so that one giant file neither fills the memory nor a checkpoint.
+PIECE_CHARACTERS = 1 << 20
+CLOSE_SECONDS = 10.0
+_UNMASKED, _MASKED, _END, _FAILURE = range(4)  # what the main process announces to the others
+
+
+class DocumentStream(Protocol):
+    """What `TokenBatches` needs of its documents; `text.Documents` is one."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of some sequences.
+
+    Attributes:
+        input_ids: [sequences, seq_len] int64.
+        mask: [sequences, seq_len] bool, False on padding; None where every position is text.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on a device, copied asynchronously from pinned memory."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return TokenBatch(self.input_ids.to(device, non_blocking=True), mask)
+
+    def pin_memory(self) -> TokenBatch:
+        return TokenBatch(self.input_ids.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Everything that decides what comes next. The arrays are never written to, so a position costs no copy."""
+
+    documents: dict  # the documents' own position, before the document that is read next …
+    offset: int  # … of which this many characters have been read
+    epoch: int  # full passes so far
+    generator: dict  # of the shuffle's generator
+    tokens: np.ndarray  # too few for a sequence yet
+    pool: list[np.ndarray] = field(default_factory=list)  # sequences held back by the shuffle
+    drawn: list[np.ndarray] = field(default_factory=list)  # sequences not yet in a batch
+
+
+class TokenBatches:
+    """An iterator of batches of `batch_size` sequences of `seq_len` tokens, made ahead by a thread.
+
+    Text is read by the thread, tokenised by worker processes and packed: documents follow one another, with an end of
+    text after each, and are cut into sequences without padding. The batches depend on the arguments before `workers`
+    alone. Processes and thread start with the first batch and end with `close`, the text or a failure.
+
+    Args:
+        documents: where the text comes from; belongs to this object while it iterates.
+        tokenizer: the base's.
+        seq_len: tokens a sequence.
+        batch_size: sequences a batch.
+        pack: False: one sequence a document, truncated or padded with the end of text, and the padding masked out.
+        shuffle_buffer: how many sequences are held back; each that follows takes the place of one drawn at random.
+            At the end of a pass the rest is drawn too, so that a pass holds each sequence once. 0: no shuffle.
+        seed: of the shuffle.
+        workers: tokenising processes; 0: the thread tokenises; None: two fewer than there are cores, at most 8.
+        prefetch: how many batches are made ahead.
+        pin_memory: hand batches out in page-locked memory, for asynchronous copies to a GPU.
+        epochs: how many passes over the text to make; None: no end, with one warning at the start of the second.
+            Sequences that do not fill a batch go into the next pass, and are left out after the last.
+
+    Raises:
+        ValueError: here, if the tokenizer has no end of text or an argument is out of range.
+        TextError: while iterating, if the text is unreadable or too little for one batch, or a worker process was
+            lost. The batches before it are handed out first, and `state_dict` stays at the last of them.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        batch_size: int,
+        pack: bool = True,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        workers: int | None = None,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+        epochs: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("workers", 0 if workers is None else workers, 0),
+            ("prefetch", prefetch, 1),
+            ("epochs", 1 if epochs is None else epochs, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, but is {value}")
+        self.seq_len, self.batch_size, self.pack = seq_len, batch_size, pack
+        self._documents = documents
+        self._encoder = Encoder(tokenizer, truncate=None if pack else seq_len)
+        self._shuffle_buffer = shuffle_buffer
+        self._workers = default_workers() if workers is None else workers
+        self._prefetch, self._pin_memory, self._epochs = prefetch, pin_memory, epochs
+        self._producer: _Producer | None = None
+        self._start = documents.state_dict()
+        self._position = _Position(
+            documents=self._start,
+            offset=0,
+            epoch=0,
+            generator=np.random.default_rng(seed).bit_generator.state,
+            tokens=np.empty(0, np.int32),
+        )
+
+    def __iter__(self) -> TokenBatches:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        if self._producer is None:
+            self._producer = _Producer(self._batches(self._position), self._prefetch)
+        batch, self._position = self._producer.take()
+        return batch
+
+    def __enter__(self) -> TokenBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread and the worker processes. Iterating again goes on after the last batch handed out."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def state_dict(self) -> dict:
+        """The position after the last batch handed out: plain numbers, strings and int32 tensors."""
+        position = self._position
+        return {
+            "seq_len": self.seq_len,
+            "pack": self.pack,
+            "documents": position.documents,
+            "offset": position.offset,
+            "epoch": position.epoch,
+            "generator": position.generator,
+            "tokens": torch.from_numpy(position.tokens.copy()),
+            "pool": _join(position.pool),
+            "drawn": _join(position.drawn),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a position that `state_dict` gave, with the same batches as if there had been no break.
+
+        Raises:
+            ValueError: if the position is of sequences of another kind.
+            TextError: if it is of other text.
+        """
+        for name, value in (("seq_len", self.seq_len), ("pack", self.pack)):
+            if state[name] != value:
+                raise ValueError(f"the text position was saved with {name} {state[name]}, but {name} is {value} now")
+        self.close()
+        self._documents.load_state_dict(state["documents"])
+        self._position = _Position(
+            documents=state["documents"],
+            offset=state["offset"],
+            epoch=state["epoch"],
+            generator=state["generator"],
+            tokens=state["tokens"].numpy(),
+            pool=_split(state["pool"]),
+            drawn=_split(state["drawn"]),
+        )
+
+    def _batches(self, position: _Position) -> Iterator[tuple[TokenBatch, _Position]]:
+        """Batches from a position on, each with the position after it."""
+        pool = EncoderPool(self._encoder, self._workers)
+        try:
+            yield from self._passes(position, pool)
+        except EncodeError as error:
+            raise TextError(str(error)) from error
+        finally:
+            pool.close()
+
+    def _passes(self, position: _Position, encoders: EncoderPool) -> Iterator[tuple[TokenBatch, _Position]]:
+        shuffle = _Shuffle(self._shuffle_buffer, position.pool, position.generator)
+        whole = position.documents == self._start and not position.offset and not position.epoch
+        self._documents.load_state_dict(position.documents)
+        position = yield from self._full_batches(position)
+        while self._epochs is None or position.epoch < self._epochs:
+            sequences_in_pass = 0
+            for ids, (documents, offset) in encoders.encode(self._chunks(position.offset)):
+                sequences, tokens = self._cut(position.tokens, ids)
+                sequences_in_pass += len(sequences)
+                position = replace(
+                    position,
+                    documents=documents,
+                    offset=offset,
+                    tokens=tokens,
+                    drawn=position.drawn + shuffle.exchange(sequences),
+                    pool=list(shuffle.pool),
+                    generator=shuffle.generator,
+                )
+                position = yield from self._full_batches(position)
+            if whole and sequences_in_pass < self.batch_size:
+                raise TextError(
+                    f"the text is too short: it holds {sequences_in_pass} sequences of {self.seq_len} tokens, fewer"
+                    f" than one batch of {self.batch_size}; give more text, or a smaller batch_size or seq_len"
+                )
+            whole = True
+            position = replace(
+                position,
+                documents=self._documents.state_dict(),
+                offset=0,
+                epoch=position.epoch + 1,
+                drawn=position.drawn + shuffle.drain(),
+                pool=[],
+                generator=shuffle.generator,
+            )
+            if self._epochs is None and position.epoch == 1:
+                logger.warning("the text has been read to its end; it is read again from the beginning")
+            position = yield from self._full_batches(position)
+
+    def _full_batches(self, position: _Position) -> Generator[tuple[TokenBatch, _Position], None, _Position]:
+        """As many batches as are drawn; returns the position after them."""
+        while len(position.drawn) >= self.batch_size:
+            sequences, left = position.drawn[: self.batch_size], position.drawn[self.batch_size :]
+            position = replace(position, drawn=left)
+            yield self._batch(sequences), position
+        return position
+
+    def _chunks(self, offset: int) -> Iterator[tuple[list[Piece], tuple[dict, int]]]:
+        """The rest of a pass in pieces, each chunk with the documents' position and the offset after it."""
+        pieces: list[Piece] = []
+        characters = 0
+        before = self._documents.state_dict()
+        try:
+            for text in self._documents:
+                after = self._documents.state_dict()
+                for piece, end in self._pieces(text, offset):
+                    pieces.append(piece)
+                    characters += len(piece.text)
+                    if characters >= CHUNK_CHARACTERS:
+                        yield pieces, (after, 0) if piece.ends else (before, end)
+                        pieces, characters = [], 0
+                before, offset = after, 0
+        except Exception:
+            yield pieces, (before, offset)  # the text before the failure is as good as any
+            raise
+        yield pieces, (before, offset)
+
+    def _pieces(self, text: str, start: int) -> Iterator[tuple[Piece, int]]:
+        """A document from `start` on, cut after a line break where it is long; each piece with its end."""
+        while start < len(text):
+            end = len(text)
+            if self.pack and end - start > PIECE_CHARACTERS:
+                limit = start + PIECE_CHARACTERS
+                end = text.rfind("\n", start + PIECE_CHARACTERS // 2, limit) + 1 or limit
+            yield Piece(text[start:end], starts=start == 0, ends=end == len(text)), end
+            start = end
+
+    def _cut(self, tokens: np.ndarray, ids: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Sequences, and the tokens left over for the next one."""
+        if not self.pack:
+            return [document for document in ids if len(document)], tokens
+        tokens = np.concatenate([tokens, *ids])
+        whole = len(tokens) // self.seq_len
+        return list(tokens[: whole * self.seq_len].reshape(whole, self.seq_len)), tokens[whole * self.seq_len :]
+
+    def _batch(self, sequences: list[np.ndarray]) -> TokenBatch:
+        if self.pack:
+            batch = TokenBatch(torch.from_numpy(np.stack(sequences).astype(np.int64)))
+        else:
+            input_ids = torch.full((len(sequences), self.seq_len), self._encoder.eos)
+            lengths = torch.tensor([len(sequence) for sequence in sequences])
+            mask = torch.arange(self.seq_len) < lengths[:, None]
+            input_ids[mask] = torch.from_numpy(np.concatenate(sequences)).long()
+            batch = TokenBatch(input_ids, mask)
+        return batch.pin_memory() if self._pin_memory else batch
+
+
+class _Shuffle:
+    """A pool of `size` sequences, each of which leaves it when another draws its place."""
+
+    def __init__(self, size: int, pool: list[np.ndarray], generator: dict) -> None:
+        self._size = size
+        self.pool = list(pool)
+        self._generator = np.random.default_rng()
+        self._generator.bit_generator.state = generator
+
+    @property
+    def generator(self) -> dict:
+        return self._generator.bit_generator.state
+
+    def exchange(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        """Takes sequences in and gives back those that they push out."""
+        if not self._size:
+            return sequences
+        room = max(0, self._size - len(self.pool))
+        self.pool += sequences[:room]
+        drawn = []
+        entering = sequences[room:]
+        for sequence, place in zip(entering, self._generator.integers(self._size, size=len(entering)), strict=True):
+            drawn.append(self.pool[place])
+            self.pool[place] = sequence
+        return drawn
+
+    def drain(self) -> list[np.ndarray]:
+        """Gives back all that are left."""
+        drawn = [self.pool[place] for place in self._generator.permutation(len(self.pool))]
+        self.pool = []
+        return drawn
+
+
+class _Producer:
+    """Runs an iterator in a thread, up to `ahead` items ahead of who takes them."""
+
+    def __init__(self, items: Generator[T, None, None], ahead: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(ahead)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="text", daemon=True)
+        self._thread.start()
+
+    def take(self) -> T:
+        """The next item; raises what ended the iterator, a StopIteration or its failure, again and again."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._queue.put(item)
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; one that waits for the network is left to end with the process."""
+        self._closing.set()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()  # makes room for the item that the thread holds
+            self._thread.join(0.01)
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._closing.is_set():
+                    break
+            self._items.close()
+            self._queue.put(StopIteration())
+        except BaseException as error:
+            self._queue.put(error)
+
+
+class SharedBatches:
+    """The main process's batches on every process: each iterates, and gets its own share of every batch's sequences.
+
+    Shares are contiguous, in the order of the processes, and differ by one sequence at most; one may be empty. They lie
+    on the accelerator's device. If the text ends or fails, it does so on all processes at once.
+
+    Batches travel over a gloo group of their own, between CPUs: they are small, and no device has to be waited for.
+
+    Args:
+        batches: on the main process; None on the others.
+        accelerator: tells the processes and the device.
+
+    Raises:
+        TextError: while iterating, on the other processes if the main process's batches fail in any way (there what
+            was raised is raised).
+    """
+
+    def __init__(self, batches: TokenBatches | None, accelerator: accelerate.Accelerator) -> None:
+        if (batches is None) == accelerator.is_main_process:
+            raise ValueError("batches must be given on the main process, and be None on the others")
+        self._batches = batches
+        self._device = accelerator.device
+        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
+        self._group = torch.distributed.new_group(backend="gloo") if self._processes > 1 else None
+
+    def __iter__(self) -> SharedBatches:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        if self._group is None:
+            return next(self._batches).to(self._device)
+        batch = self._receive() if self._batches is None else self._send()
+        return self._share(batch).to(self._device)
+
+    def __enter__(self) -> SharedBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the main process's thread and workers."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def state_dict(self) -> dict:
+        """The position of the main process's batches; empty on the others."""
+        return {} if self._batches is None else self._batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a position, on the main process; nothing to do on the others, which may pass an empty one."""
+        if self._batches is not None:
+            self._batches.load_state_dict(state)
+
+    def _send(self) -> TokenBatch:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._broadcast(torch.tensor([_END, 0, 0]))
+            raise
+        except Exception as error:
+            message = torch.frombuffer(bytearray(str(error).encode() or b"?"), dtype=torch.uint8)
+            self._broadcast(torch.tensor([_FAILURE, len(message), 0]))
+            self._broadcast(message)
+            raise
+        kind = _UNMASKED if batch.mask is None else _MASKED
+        self._broadcast(torch.tensor([kind, *batch.input_ids.shape]))
+        self._broadcast(batch.input_ids)
+        if batch.mask is not None:
+            self._broadcast(batch.mask.byte())
+        return batch
+
+    def _receive(self) -> TokenBatch:
+        kind, rows, columns = self._broadcast(torch.empty(3, dtype=torch.int64)).tolist()
+        if kind == _END:
+            raise StopIteration
+        if kind == _FAILURE:
+            message = self._broadcast(torch.empty(rows, dtype=torch.uint8))
+            raise TextError(bytes(message.tolist()).decode())
+        input_ids = self._broadcast(torch.empty(rows, columns, dtype=torch.int64))
+        if kind == _UNMASKED:
+            return TokenBatch(input_ids)
+        return TokenBatch(input_ids, self._broadcast(torch.empty(rows, columns, dtype=torch.uint8)).bool())
+
+    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        torch.distributed.broadcast(tensor, src=0, group=self._group)
+        return tensor
+
+    def _share(self, batch: TokenBatch) -> TokenBatch:
+        start = self._rank * len(batch) // self._processes
+        end = (self._rank + 1) * len(batch) // self._processes
+        return TokenBatch(batch.input_ids[start:end], None if batch.mask is None else batch.mask[start:end])
+
+
+def default_workers() -> int:
+    """Two fewer than the cores that this process may use, at most 8: tokenising must not starve the fit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores - 2))
+
+
+def _join(sequences: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Sequences as int32 tensors: their tokens in one, their lengths in the other."""
+    tokens = np.concatenate([np.empty(0, np.int32), *sequences])
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int32)
+    return {"tokens": torch.from_numpy(tokens), "lengths": lengths}
+
+
+def _split(joined: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The inverse of `_join`."""
+    ends = joined["lengths"].cumsum(0).tolist()
+    tokens = joined["tokens"].numpy()
+    return [tokens[end - length : end] for end, length in zip(ends, joined["lengths"].tolist(), strict=True)]
