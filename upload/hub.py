@@ -1,0 +1,335 @@
+"""One Hub repository: what it holds at a revision, and changing it in one commit, over a network that may fail."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import quote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from bilinear_tc.upload.repository import LAYOUT, LocalFile
+
+Answer = TypeVar("Answer")
+
+# The base errors of the HTTP library that huggingface_hub stands on: httpx2, httpx or requests, by its version.
+TRANSPORT_ERRORS = (*(set(HfHubHTTPError.__mro__[1:]) - set(OSError.__mro__)), ConnectionError, TimeoutError)
+PASSING = {408, 429, 500, 502, 503, 504}
+NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
+
+
+class HubRefusal(RuntimeError):
+    """The Hub, or the way to it, refused: one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on the Hub: its size and hash (sha256 of a large file, git's blob hash of a small one)."""
+
+    size: int
+    oid: str
+    large: bool
+
+    def holds(self, local: LocalFile) -> bool:
+        return (self.size, self.oid) == (local.size, local.sha256 if self.large else local.git_oid)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a publication changes: paths to add, to replace, to remove, and those that are there as they should be."""
+
+    added: list[str]
+    replaced: list[str]
+    removed: list[str]
+    kept: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.replaced or self.removed)
+
+
+@dataclass(frozen=True)
+class State:
+    """A commit that holds the set, and the page to look at it."""
+
+    commit: str
+    url: str
+
+
+def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
+    """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are."""
+    kept = [path for path, file in local.items() if path in remote and remote[path].holds(file)]
+    return Changes(
+        added=[path for path in local if path not in remote],
+        replaced=[path for path in local if path in remote and path not in kept],
+        removed=[path for path in sorted(remote) if path not in local and LAYOUT.fullmatch(path)],
+        kept=kept,
+    )
+
+
+class HubRepository:
+    """One model repository on the Hub.
+
+    Every call is tried again with growing pauses when the connection drops or the Hub answers 408, 429 or 5xx; any
+    other refusal is a HubRefusal.
+
+    Args:
+        repo_id: "owner/name".
+        revision: the branch (or refs/pr/N) to publish to.
+        attempts: how often a call is tried in all.
+        first_wait: pause before the second attempt, in seconds; each further pause is twice as long.
+    """
+
+    def __init__(self, repo_id: str, revision: str = "main", *, attempts: int = 5, first_wait: float = 1.0) -> None:
+        self.api = HfApi()
+        self.repo_id, self.revision = repo_id, revision
+        self.attempts, self.first_wait = attempts, first_wait
+
+    @property
+    def url(self) -> str:
+        """The page of the revision."""
+        page = f"{self.api.endpoint}/{self.repo_id}"
+        return page if self.revision == "main" else f"{page}/tree/{quote(self.revision, safe='')}"
+
+    # Asking
+
+    def ask(self, call: Callable[[], Answer], *, expect: tuple[type[Exception], ...] = ()) -> Answer:
+        """The answer to a call, tried again while failures may pass.
+
+        Raises:
+            HubRefusal: in one sentence, with the remedy.
+            Exception: of a type in `expect`, as it came; and what has nothing to do with the network.
+        """
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return call()
+            except (HubRefusal, *expect):
+                raise
+            except Exception as error:
+                if not from_network(error):
+                    raise
+                if not may_pass(error) or attempt == self.attempts:
+                    raise HubRefusal(self.explain(error)) from error
+                time.sleep(self.first_wait * 2 ** (attempt - 1))
+        raise ValueError(f"attempts must be at least 1, got {self.attempts}")
+
+    def explain(self, error: BaseException) -> str:
+        """One sentence on what the Hub (or the way to it) refused, and what to do about it."""
+        owner = self.repo_id.split("/")[0]
+        status = status_of(error)
+        reason = redacted(" ".join((str(error) or type(error).__name__).split()))
+        match status:
+            case 401:
+                return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN anew"
+            case 403:
+                return (
+                    f"the token may not write to {self.repo_id} (403): use a token with write access to {owner}, "
+                    "from https://huggingface.co/settings/tokens, or publish under a name of your own with --repo_id"
+                )
+            case 404:
+                return f"the Hub has no {self.repo_id} for this token (404): check --repo_id and --revision: {reason}"
+            case 412:
+                return (
+                    f"{self.revision} of {self.repo_id} was changed by someone else meanwhile (412), and nothing was "
+                    "published: run the command again to publish onto the new state"
+                )
+            case None:
+                return (
+                    f"the connection to the Hub failed {self.attempts} times ({reason}): run the command again to go on"
+                )
+            case _ if may_pass(error):
+                return f"the Hub failed {self.attempts} times ({status}): run the command again later to go on"
+            case _:
+                return f"the Hub refused the request ({status}): {reason}"
+
+    # Reading
+
+    def check_token(self) -> None:
+        """Refuses to begin without a token that the Hub accepts."""
+        if get_token() is None:
+            raise HubRefusal("there is no Hub token: log in with `hf auth login`, or set HF_TOKEN to a write token")
+        self.ask(self.api.whoami)
+
+    def head(self) -> str | None:
+        """The commit that the revision names; None where the repository or the revision does not exist."""
+        try:
+            return self._head()
+        except NOT_FOUND:
+            return None
+
+    def _head(self) -> str:
+        return self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision), expect=NOT_FOUND).sha
+
+    def files(self, commit: str) -> dict[str, RemoteFile]:
+        """Every file at a commit."""
+
+        def listed() -> dict[str, RemoteFile]:
+            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
+            return {entry.path: remote_file(entry) for entry in entries if isinstance(entry, RepoFile)}
+
+        return self.ask(listed)
+
+    def tags(self) -> dict[str, str]:
+        """Every tag's commit."""
+        refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id))
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
+    def find(self, local: Mapping[str, LocalFile], parent: str, *, pull_requests: bool) -> State | None:
+        """A state that holds the set already: the branch itself, or a pull request that grew from `parent`."""
+        head = self.head()
+        if head and not compare(local, self.files(head)):
+            return State(head, self.url)
+        return self._find_pull_request(local, parent) if pull_requests else None
+
+    def _find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
+        refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
+        for pull_request in reversed(refs.pull_requests or []):
+            commit = pull_request.target_commit
+            ancestors = self.ask(lambda commit=commit: self.api.list_repo_commits(self.repo_id, revision=commit))
+            # one that was merged grew from an older state than the branch is in now
+            if parent in {ancestor.commit_id for ancestor in ancestors} and not compare(local, self.files(commit)):
+                number = pull_request.ref.rsplit("/", 1)[1]
+                return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}")
+        return None
+
+    # Writing
+
+    def ensure(self, *, private: bool) -> str:
+        """Makes the repository and the branch where they do not exist; returns the commit that the branch is at."""
+        try:
+            held = self.ask(lambda: self.api.repo_info(self.repo_id), expect=NOT_FOUND)
+        except NOT_FOUND:
+            # where it was not asked for, `private` is left to the owner's own default
+            self.ask(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
+        else:
+            if private and not held.private:
+                raise HubRefusal(
+                    f"{self.repo_id} exists and is public, and --private only makes new repositories private: "
+                    "change it in the repository's settings on the Hub, or leave --private out"
+                )
+        return self.head() or self._create_branch()
+
+    def _create_branch(self) -> str:
+        if self.revision.startswith("refs/"):
+            raise HubRefusal(f"{self.repo_id} has no {self.revision}: check --revision")
+        self.ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
+        return self._head()
+
+    def publish(
+        self,
+        local: Mapping[str, LocalFile],
+        changes: Changes,
+        *,
+        parent: str,
+        message: str,
+        create_pr: bool = False,
+    ) -> State:
+        """Uploads what is large, then makes one commit on `parent`.
+
+        A commit whose answer was lost is found rather than made twice.
+
+        Raises:
+            HubRefusal: in one sentence, also where the revision is no longer at `parent`.
+        """
+        with ExitStack() as opened:
+            additions = self._additions(local, changes, opened, create_pr=create_pr)
+            options = {"revision": self.revision, "create_pr": create_pr}
+            self.ask(lambda: self.api.preupload_lfs_files(self.repo_id, additions, **options))
+            operations = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in changes.removed)]
+            tried = False
+
+            def commit() -> State:
+                nonlocal tried
+                if tried and (made := self.find(local, parent, pull_requests=create_pr)):
+                    return made
+                tried = True
+                info = self.api.create_commit(
+                    self.repo_id, operations, commit_message=message, parent_commit=parent, **options
+                )
+                return State(info.oid, info.pr_url or self.url)
+
+            with warnings.catch_warnings():
+                # the histories are meant to lie in a model repository
+                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+                return self.ask(commit)
+
+    def _additions(
+        self, local: Mapping[str, LocalFile], changes: Changes, opened: ExitStack, *, create_pr: bool
+    ) -> list[CommitOperationAdd]:
+        """The files to upload: as paths, which go by Xet, or opened, which go by plain LFS.
+
+        huggingface_hub takes Xet for every path wherever hf_xet is installed, and asks no Hub whether it has it.
+        """
+        paths = changes.added + changes.replaced
+        if self._has_xet(create_pr=create_pr):
+            return [CommitOperationAdd(path, local[path].path) for path in paths]
+        streams = ((path, opened.enter_context(local[path].path.open("rb"))) for path in paths)
+        return [CommitOperationAdd(path, stream) for path, stream in streams]
+
+    def _has_xet(self, *, create_pr: bool) -> bool:
+        """Whether the Hub hands out access to Xet storage; a mirror or a self-hosted Hub may know only LFS."""
+        revision = None if create_pr else quote(self.revision, safe="")
+        page = f"{self.api.endpoint}/api/models/{self.repo_id}/xet-write-token/{revision}"
+        params = {"create_pr": 1} if create_pr else {}
+
+        def answered() -> bool:
+            response = get_session().get(page, headers=build_hf_headers(), params=params)
+            if response.status_code == 404:
+                return False
+            hf_raise_for_status(response)
+            return True
+
+        return self.ask(answered)
+
+    def tag(self, name: str, commit: str, message: str | None) -> None:
+        """Gives the commit a tag; nothing happens if it has it.
+
+        Raises:
+            HubRefusal: where the tag names another commit.
+        """
+        self.ask(
+            lambda: self.api.create_tag(self.repo_id, tag=name, tag_message=message, revision=commit, exist_ok=True)
+        )
+        held = self.tags().get(name)
+        if held != commit:
+            raise HubRefusal(f"tag {name} names another commit ({held}): choose another with --tag")
+
+
+def remote_file(entry: RepoFile) -> RemoteFile:
+    return RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.lfs is not None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from: libraries wrap what went wrong on the wire."""
+    step: BaseException | None = error
+    while step is not None:
+        yield step
+        step = step.__cause__ or step.__context__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error came from, if it came from an answer."""
+    answers = (getattr(step, "response", None) for step in causes(error))
+    return next((answer.status_code for answer in answers if answer is not None), None)
+
+
+def from_network(error: BaseException) -> bool:
+    """Whether an error came from the Hub's answer or the way to it."""
+    return any(isinstance(step, TRANSPORT_ERRORS) for step in causes(error))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the connection failed, or the Hub said that it is in trouble."""
+    return from_network(error) and status_of(error) in {None, *PASSING}
+
+
+def redacted(text: str) -> str:
+    """Text without the token, should an error have quoted it."""
+    token = get_token()
+    return text.replace(token, "***") if token else text

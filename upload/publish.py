@@ -1,0 +1,224 @@
+"""Publishes a run as a Hub repository, in one commit: `python upload/publish.py RUN --repo_id you/name`."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModel, HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from bilinear_tc.train.command import command_line
+from bilinear_tc.upload.hub import Changes, HubRepository, State, compare
+from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_run, list_files, load_layer
+
+FOLDER = "repository"
+
+
+@dataclass
+class Publication:
+    """What to publish, where and how."""
+
+    repo_id: str | None = field(default=None, metadata={"help": "The Hub repository, as you/name."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str = field(default="main", metadata={"help": "The branch to publish to; made where it is missing."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing the branch."})
+    tag: str | None = field(default=None, metadata={"help": "A tag for the published commit."})
+    message: str | None = field(default=None, metadata={"help": "The commit's message."})
+    author: str | None = field(default=None, metadata={"help": "The name in the card's citation."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Only write RUN/repository and list what publishing it would change."}
+    )
+    allow_partial: bool = field(
+        default=False, metadata={"help": "Publish although layers of the recipe are missing or not fitted to the end."}
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Type of the published weights; as in the run where left out."}
+    )
+    with_pt: bool = field(default=False, metadata={"help": "Add each layer's checkpoint in the earlier .pt layout."})
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+        try:
+            validate_repo_id(self.repo_id or "")
+            if "/" not in (self.repo_id or ""):
+                raise HFValidationError("it names no owner")
+        except HFValidationError as error:
+            raise ValueError(f"--repo_id must read like you/name, got {self.repo_id!r}: {error}") from error
+        if self.save_dtype not in (None, *DTYPES):
+            raise ValueError(f"--save_dtype must be one of {', '.join(DTYPES)}, got {self.save_dtype!r}")
+        if self.create_pr and self.tag:
+            raise ValueError("--tag cannot be given with --create_pr: tag the commit once the pull request is merged")
+
+
+def publish(run: Path, settings: Publication, hub: HubRepository | None = None) -> State | None:
+    """Publishes a run, reads it back and prints where it is; a dry run only writes the folder and lists the changes.
+
+    Args:
+        run: a directory as train/fit.py writes it.
+        settings: where to and how.
+        hub: the repository to talk to, where it is not the one that `settings` names.
+
+    Returns:
+        The commit that holds the set, None from a dry run.
+
+    Raises:
+        ValueError: the run is not fit to publish; all that is wrong with it, a line each.
+        RuntimeError: the Hub refused, or does not hold what was sent; one sentence with the remedy.
+        OSError: RUN/repository cannot be written.
+    """
+    hub = hub or HubRepository(settings.repo_id, settings.revision)
+    layers = check_run(run, allow_partial=settings.allow_partial)
+    if not settings.dry_run:
+        hub.check_token()
+    folder = build_repository(
+        run,
+        run / FOLDER,
+        layers,
+        repo_id=settings.repo_id,
+        author=settings.author,
+        save_dtype=settings.save_dtype,
+        with_pt=settings.with_pt,
+    )
+    local = list_files(folder)
+    print(f"{folder}: {counted(len(local), 'file')}, {readable_size(sum(file.size for file in local.values()))}")
+    if settings.dry_run:
+        show_plan(hub, local)
+        return None
+    state = bring_up_to_date(hub, settings, local, layers)
+    verify(hub, state.commit, local, run, layers[0], settings.save_dtype)
+    if settings.tag:
+        hub.tag(settings.tag, state.commit, settings.message)
+    print(f"{state.url}\n{load_line(settings, state, layers[0])}")
+    return state
+
+
+def bring_up_to_date(
+    hub: HubRepository, settings: Publication, local: Mapping[str, LocalFile], layers: Sequence[int]
+) -> State:
+    """Makes the Hub hold the set, unless it does already."""
+    parent = hub.ensure(private=settings.private)
+    state = hub.find(local, parent, pull_requests=settings.create_pr)
+    if state:
+        print(f"{settings.repo_id} holds this set already, at {state.commit[:12]}: nothing was uploaded")
+        return state
+    if settings.tag and settings.tag in hub.tags():
+        raise RuntimeError(f"{settings.repo_id} has a tag {settings.tag} already: choose another with --tag")
+    changes = compare(local, hub.files(parent))
+    message = settings.message or f"Publish {counted(len(layers), 'bilinear transcoder')}"
+    state = hub.publish(local, changes, parent=parent, message=message, create_pr=settings.create_pr)
+    print(f"published as {state.commit[:12]}: {summary(changes)}")
+    return state
+
+
+def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
+    """Lists the files with their sizes, and what publishing them would change."""
+    head = hub.head()
+    changes = compare(local, hub.files(head) if head else {})
+    marks = dict.fromkeys(changes.added, "+") | dict.fromkeys(changes.replaced, "~")
+    for path, file in local.items():
+        print(f"{marks.get(path, '=')} {readable_size(file.size):>9}  {path}")
+    for path in changes.removed:
+        print(f"- {'':>9}  {path}")
+    print(f"dry run, nothing was sent: publishing to {hub.repo_id} would leave {summary(changes)}")
+
+
+def verify(
+    hub: HubRepository,
+    commit: str,
+    local: Mapping[str, LocalFile],
+    run: Path,
+    layer: int,
+    save_dtype: str | None,
+) -> None:
+    """Reads the set back from the Hub at one commit: sizes and hashes of all files, and one layer as users load it.
+
+    Raises:
+        RuntimeError: where the Hub holds something else than what was sent.
+    """
+    remote = hub.files(commit)
+    changes = compare(local, remote)
+    wrong = changes.added + changes.replaced + changes.removed
+    with tempfile.TemporaryDirectory() as cache:
+        small = [path for path in changes.kept if not remote[path].large]
+        snapshot = hub.ask(
+            lambda: hub.api.snapshot_download(hub.repo_id, revision=commit, cache_dir=cache, allow_patterns=small)
+        )
+        wrong += [path for path in small if sha256_of(Path(snapshot, path)) != local[path].sha256]
+        if wrong:
+            raise RuntimeError(
+                f"{hub.repo_id} at {commit[:12]} does not hold {', '.join(sorted(wrong))} as they were sent: "
+                "run the command again"
+            )
+        published = hub.ask(
+            lambda: AutoModel.from_pretrained(
+                hub.repo_id, subfolder=f"layer_{layer}", revision=commit, trust_remote_code=True, cache_dir=cache
+            )
+        )
+        kept = load_layer(run / f"layer_{layer}", save_dtype)
+        if not same_outputs(published.to(kept.dtype), kept):
+            raise RuntimeError(
+                f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
+                "run the command again, and report it if it stays so"
+            )
+    print(f"read back {counted(len(local), 'file')}; layer_{layer} gives the run's outputs")
+
+
+@torch.no_grad()
+def same_outputs(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two transcoders give the same outputs, bit for bit."""
+    x = torch.randn(64, other.config.n_inputs, generator=torch.Generator().manual_seed(0))
+    return torch.equal(one(x), other(x))
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_line(settings: Publication, state: State, layer: int) -> str:
+    """The line that loads a layer."""
+    revision = state.commit if settings.create_pr else settings.tag or settings.revision
+    at = "" if revision == "main" else f', revision="{revision}"'
+    return f'AutoModel.from_pretrained("{settings.repo_id}", subfolder="layer_{layer}"{at}, trust_remote_code=True)'
+
+
+def summary(changes: Changes) -> str:
+    """How many files are new, changed, removed and unchanged."""
+    parts = {"new": changes.added, "changed": changes.replaced, "removed": changes.removed, "unchanged": changes.kept}
+    return ", ".join(f"{len(paths)} {word}" for word, paths in parts.items())
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def readable_size(size: float) -> str:
+    """A size in bytes, in decimal units as the Hub shows them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def main() -> None:
+    parser = HfArgumentParser(Publication, allow_abbrev=False, description="Publishes a run as a Hub repository.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
+    settings, rest = parser.parse_args_into_dataclasses()
+    disable_progress_bar()  # transformers' bars, one a layer; the uploads keep theirs
+    publish(rest.run, settings)
+
+
+if __name__ == "__main__":
+    command_line(main)

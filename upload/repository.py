@@ -1,0 +1,281 @@
+"""From a run to the folder that becomes a Hub repository: the check of the run, the folder, what lies in it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.base import base_location
+from bilinear_tc.train.recipe import Recipe, read_settings
+from bilinear_tc.upload.figures import draw_figures
+from bilinear_tc.upload.model_card import write_model_card
+from bilinear_tc.upload.results import layer_folders, read_evaluation, read_history, read_yaml
+
+PACKAGE = Path(__file__).resolve().parent.parent
+CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
+LAYER_FILES = ("config.json", "model.safetensors", "config.yaml", "history.parquet")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Every path that a publication can hold: what an earlier one left behind is known by it.
+LAYOUT = re.compile(
+    r"README\.md|configuration_bilinear_tc\.py|modeling_bilinear_tc\.py|recipe\.yaml|evaluation\.json"
+    r"|figures/(all_layers_comparison|training_curves_overlaid_layers_\d+_\d+)\.png"
+    r"|layer_\d+/(config\.json|model\.safetensors|config\.yaml|history\.parquet|transcoder_weights_l\d+_\w+\.pt)"
+)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of the repository folder, by the two hashes that the Hub knows contents by.
+
+    Attributes:
+        path: where it lies.
+        size: in bytes.
+        sha256: hash of the content; the Hub's name for a large (LFS) file.
+        git_oid: git's hash of it as a blob; the Hub's name for a small file.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    git_oid: str
+
+
+def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
+    """The layers that a run holds, once it has been found fit to publish.
+
+    Args:
+        run: a directory as train/fit.py writes it.
+        allow_partial: let layers that the recipe names be missing, or fitted for fewer steps than it says.
+
+    Returns:
+        The layers, ascending.
+
+    Raises:
+        ValueError: all that is wrong with the run, a line each.
+    """
+    if not run.is_dir():
+        raise ValueError(f"{run} is no folder: expected a run, as train/fit.py writes it")
+    layers = layer_folders(run)
+    problems = [problem for layer, folder in layers.items() for problem in layer_problems(layer, folder)]
+    problems += disagreements(layers.values())
+    try:
+        recipe = Recipe(**read_settings(run / "recipe.yaml"))
+    except FileNotFoundError:
+        problems.append("recipe.yaml is missing")
+    except (ValueError, TypeError) as error:
+        problems.append(f"recipe.yaml: {error}")
+    else:
+        problems += recipe_problems(recipe, layers, allow_partial=allow_partial)
+    problems += evaluation_problems(run)
+    if problems:
+        raise ValueError("\n  ".join([f"{run} cannot be published as it is:", *problems]))
+    return list(layers)
+
+
+def recipe_problems(recipe: Recipe, layers: Mapping[int, Path], *, allow_partial: bool) -> Iterator[str]:
+    """Where the run falls short of its recipe, or goes beyond it."""
+    wanted = recipe.layer_indices() or all_layers(recipe, at_least=max(layers) + 1)
+    for layer in sorted(set(layers) - set(wanted)):
+        yield f"layer_{layer} is not among the recipe's layers: remove it, if it is left from another fit"
+    if allow_partial:
+        return
+    for layer in sorted(set(wanted) - set(layers)):
+        yield f"layer_{layer} is missing, which the recipe names: fit it, or publish the rest with --allow_partial"
+    for layer in sorted(set(wanted) & set(layers)):
+        try:
+            steps = read_yaml(layers[layer] / "config.yaml").get("fit", {}).get("steps", recipe.max_steps)
+        except ValueError:
+            continue  # named among the layer's own problems
+        if steps < recipe.max_steps:
+            yield (
+                f"layer_{layer} was fitted for {steps} of {recipe.max_steps} steps: let the fit end, "
+                "or publish it as it is with --allow_partial"
+            )
+
+
+def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
+    """Every layer of the recipe's base; up to the last one that was fitted where the base cannot be asked."""
+    try:
+        config = AutoConfig.from_pretrained(base_location(recipe.base), revision=recipe.base_revision)
+        return list(range(config.get_text_config().num_hidden_layers))
+    except (OSError, ValueError, AttributeError):
+        return list(range(at_least))
+
+
+def layer_problems(layer: int, folder: Path) -> Iterator[str]:
+    """All that is wrong inside one layer's folder."""
+    missing = [name for name in LAYER_FILES if not (folder / name).is_file()]
+    yield from (f"{folder.name}/{name} is missing" for name in missing)
+    if not {"config.json", "model.safetensors"} & set(missing):
+        try:
+            yield from (f"{folder.name}: {problem}" for problem in model_problems(layer, folder))
+        except (OSError, ValueError, SafetensorError) as error:
+            yield f"{folder.name} does not load: {str(error).splitlines()[0]}"
+    try:
+        read_yaml(folder / "config.yaml")
+    except ValueError as error:
+        yield str(error)
+    try:
+        history = read_history(folder)
+    except ValueError as error:
+        yield str(error)
+    else:
+        bad = [name for name, values in history.items() if not np.isfinite(values).all()]
+        if bad:
+            yield f"{folder.name}/history.parquet holds values that are not finite, in {', '.join(bad)}"
+
+
+def model_problems(layer: int, folder: Path) -> Iterator[str]:
+    """Where a layer's weights do not fit its configuration, or are not finite."""
+    config = BilinearTCConfig.from_pretrained(folder)
+    if config.layer_index != layer:
+        yield f"config.json says that it is layer {config.layer_index}"
+    with torch.device("meta"):
+        shapes = {name: list(tensor.shape) for name, tensor in BilinearTC(config).state_dict().items()}
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+        for name in sorted(held - set(shapes)):
+            yield f"model.safetensors holds {name}, which its configuration has no place for"
+        for name, shape in shapes.items():
+            if name not in held:
+                yield f"model.safetensors lacks {name}"
+                continue
+            tensor = file.get_tensor(name)
+            if list(tensor.shape) != shape:
+                yield f"{name} has shape {list(tensor.shape)}, but config.json asks for {shape}"
+            if not tensor.isfinite().all():
+                yield f"{name} holds values that are not finite"
+            elif name == "input_std" and not (tensor > 0).all():
+                yield "input_std holds values that are not above 0, so that outputs would not be finite"
+
+
+def disagreements(folders: Sequence[Path]) -> Iterator[str]:
+    """Where layers say different things of the base that they all belong to."""
+    said: dict[str, dict[object, list[str]]] = {"n_inputs": {}, "n_outputs": {}, "base_model": {}, "base_revision": {}}
+    for folder in folders:
+        try:
+            config = BilinearTCConfig.from_pretrained(folder)
+        except (OSError, ValueError):
+            continue  # named among the layer's own problems
+        for name, values in said.items():
+            values.setdefault(getattr(config, name), []).append(folder.name)
+    for name, values in said.items():
+        if len(values) > 1:
+            described = "; ".join(f"{value} in {', '.join(where)}" for value, where in values.items())
+            yield f"{name} differs between layers: {described}"
+
+
+def evaluation_problems(run: Path) -> Iterator[str]:
+    """What is wrong with evaluation.json, where there is one."""
+    try:
+        evaluation = read_evaluation(run)
+    except ValueError as error:
+        yield str(error)
+        return
+    for layer, scores in evaluation.get("layers", {}).items():
+        bad = [name for name, value in scores.items() if not math.isfinite(value)]
+        if bad:
+            yield f"evaluation.json: {', '.join(bad)} of layer {layer} is not finite; run train/evaluate.py again"
+
+
+def build_repository(
+    run: Path,
+    folder: Path,
+    layers: Sequence[int],
+    *,
+    repo_id: str | None = None,
+    author: str | None = None,
+    save_dtype: str | None = None,
+    with_pt: bool = False,
+) -> Path:
+    """Builds the repository folder anew, next to its final name first, so that it is never half built.
+
+    Args:
+        run: the run, checked.
+        folder: the repository folder; replaced if it exists.
+        layers: the layers to publish.
+        repo_id, author: for the card.
+        save_dtype: dtype of the published weights (the statistics stay float32); as in the run where left out.
+        with_pt: add each layer's checkpoint in the earlier `.pt` layout.
+
+    Returns:
+        The folder.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for name in CODE_FILES:
+        shutil.copyfile(PACKAGE / name, scratch / name)
+    for name in ("recipe.yaml", "evaluation.json"):
+        if (run / name).is_file():
+            link_or_copy(run / name, scratch / name)
+    for layer in layers:
+        add_layer(run / f"layer_{layer}", scratch / f"layer_{layer}", save_dtype)
+        if with_pt:
+            from bilinear_tc.upload.legacy import export_checkpoint
+
+            export_checkpoint(run, layer, scratch / f"layer_{layer}")
+    draw_figures(scratch)
+    write_model_card(scratch, repo_id=repo_id, author=author)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+    return folder
+
+
+def add_layer(source: Path, target: Path, save_dtype: str | None) -> None:
+    """Puts one layer into the repository folder, its weights cast where that is asked for."""
+    target.mkdir()
+    for name in LAYER_FILES:
+        link_or_copy(source / name, target / name)
+    if save_dtype is None:
+        return
+    for name in ("config.json", "model.safetensors"):  # links to the run's own files: never write through them
+        (target / name).unlink()
+    load_layer(source, save_dtype).save_pretrained(target)
+    for name in CODE_FILES:  # they lie once, at the root
+        (target / name).unlink(missing_ok=True)
+
+
+def load_layer(folder: Path, save_dtype: str | None) -> BilinearTC:
+    """A layer of the run as it is published."""
+    model = BilinearTC.from_pretrained(folder)
+    return model if save_dtype is None else model.to(DTYPES[save_dtype])
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system has them: a set of many gigabytes takes no second place on the disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def list_files(folder: Path) -> dict[str, LocalFile]:
+    """Every file of the repository folder by its path in the repository, with its hashes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+
+
+def hash_file(path: Path) -> LocalFile:
+    """Both hashes of a file in one reading."""
+    size = path.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+            git.update(chunk)
+    return LocalFile(path, size, sha256.hexdigest(), git.hexdigest())
