@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from bilinear_tc.train.command import command_line
 from bilinear_tc.upload.results import Results, layer_folders, read_history, read_results
 
 COMPARISON = "all_layers_comparison.png"
@@ -246,15 +246,12 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     return [z + index * gap for index, z in enumerate(flat)]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Draws a run's figures into RUN/figures.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
-    try:
-        for path in draw_figures(parser.parse_args(arguments).run):
-            print(path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    for path in draw_figures(parser.parse_args().run):
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -104,8 +104,8 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
     without = [checkpoint for checkpoint in checkpoints if checkpoint.statistics is None]
     if without and (settings.base is None or settings.dataset is None):
         raise ValueError(
-            f"{without[0].path} holds no statistics, which are measured from the base: name it and the text with --base "
-            "and --dataset"
+            f"{without[0].path} holds no statistics, which are measured from the base: name it and the text with "
+            "--base and --dataset"
         )
     with folder_written_whole(run) as scratch:
         measured = measure_statistics(without, settings) if without else 0

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.image import imread
+from tiny_run import final_fvu, write_tiny_run
+
+from bilinear_tc.train.command import command_line
+from bilinear_tc.upload import figures
+from bilinear_tc.upload.figures import CURVES, comparison, draw_figures, spread, training_curves, with_gaps
+from bilinear_tc.upload.results import read_history, read_results
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.name for path in paths]
+
+
+def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
+    written = draw_figures(write_tiny_run(tmp_path / "run", layers=range(24)))
+    assert names(written) == [
+        "all_layers_comparison.png",
+        "training_curves_overlaid_layers_0_5.png",
+        "training_curves_overlaid_layers_6_11.png",
+        "training_curves_overlaid_layers_12_17.png",
+        "training_curves_overlaid_layers_18_23.png",
+    ]
+    assert all(path.parent == tmp_path / "run" / "figures" for path in written)
+    for path in written:
+        height, width, _ = imread(path).shape
+        assert width >= 1000  # 200 dots an inch at the width of a column
+        assert height >= 500
+
+
+def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(1, 4, 5, 7, 9, 10, 11, 30))
+    assert names(draw_figures(run))[1:] == [
+        "training_curves_overlaid_layers_1_10.png",
+        "training_curves_overlaid_layers_11_30.png",
+    ]
+    for layer in (11, 30):
+        for file in (run / f"layer_{layer}").iterdir():
+            file.unlink()
+        (run / f"layer_{layer}").rmdir()
+    written = draw_figures(run)
+    assert set((run / "figures").iterdir()) == set(written)  # the curves of the layers that left are gone too
+    assert names(written)[1:] == ["training_curves_overlaid_layers_1_10.png"]
+
+
+def test_drawing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(3))
+    before = [path.read_bytes() for path in draw_figures(run)]
+    assert [path.read_bytes() for path in draw_figures(run)] == before
+
+
+def test_comparison_plots_the_held_out_scores_and_the_affine_maps(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(5))
+    evaluation = json.loads((run / "evaluation.json").read_text())["layers"]
+    left, right = comparison(read_results(run)).axes
+    plotted = {line.get_label(): line.get_ydata() for line in left.lines}
+    fvu = [evaluation[str(layer)]["fvu"] for layer in range(5)]
+    affine = np.array([evaluation[str(layer)]["fvu_linear"] for layer in range(5)])
+    np.testing.assert_array_equal(plotted["bilinear transcoder"], fvu)
+    np.testing.assert_array_equal(plotted["best affine map"], affine)
+    np.testing.assert_allclose(plotted["transcoders' mean"], sum(fvu) / 5)
+    assert left.get_yscale() == "log"
+    assert left.get_ylabel() == "Held-out FVU"
+    percent = {line.get_label(): line.get_ydata() for line in right.lines}
+    np.testing.assert_allclose(percent["bilinear transcoder"], 100 - 100 * np.array(fvu))
+    np.testing.assert_allclose(percent["best affine map"], 100 - 100 * affine)
+
+
+def test_without_an_evaluation_the_last_training_batches_are_plotted(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", steps=80, evaluation=False)
+    left, _ = comparison(read_results(run)).axes
+    history = pq.read_table(run / "layer_1" / "history.parquet")["fvu"].to_pylist()
+    assert left.lines[0].get_ydata()[1] == pytest.approx(sum(history[30:]) / 50)
+    assert left.get_ylabel() == "Training-batch FVU"
+
+
+def test_training_curves_are_the_running_mean_of_the_history(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(0, 3), steps=400)
+    histories = {layer: read_history(run / f"layer_{layer}") for layer in (0, 3)}
+    (axes,) = training_curves(histories).axes
+    assert axes.get_yscale() == "log"
+    for line, history in zip(axes.lines, histories.values(), strict=True):
+        expected = [np.mean(history["fvu"][start : start + 4]) for start in range(397)]
+        np.testing.assert_allclose(line.get_ydata(), expected)
+        np.testing.assert_allclose(line.get_xdata(), np.arange(397) + 2.5)
+    assert "running mean over 4 steps" in axes.get_ylabel()
+    assert [text.get_text().split(":")[0] for text in axes.texts] == ["layer 0", "layer 3"]
+
+
+def test_a_fit_of_no_steps_has_no_training_curves(tmp_path: Path) -> None:
+    assert names(draw_figures(write_tiny_run(tmp_path / "run", steps=0))) == ["all_layers_comparison.png"]
+    run = write_tiny_run(tmp_path / "blind", steps=0, evaluation=False)
+    with pytest.raises(ValueError, match=r"neither held-out scores nor a training history.*evaluate"):
+        draw_figures(run)
+
+
+def test_curves_differ_without_their_colours() -> None:
+    looks = {(str(c["linestyle"]), c["marker"]) for c in CURVES}
+    assert len({marker for _, marker in looks}) == len(CURVES) == figures.LAYERS_A_FIGURE
+    neighbours = [(c["linestyle"], "markerfacecolor" in c) for c in CURVES]
+    assert all(a != b for a, b in pairwise(neighbours))
+
+
+def test_lines_break_where_layers_are_missing() -> None:
+    xs, ys = with_gaps({1: 0.1, 2: 0.2, 5: 0.5})
+    np.testing.assert_array_equal(xs, [1, 2, np.nan, 5])
+    np.testing.assert_array_equal(ys, [0.1, 0.2, np.nan, 0.5])
+
+
+def nearest_apart(positions: list[float], gap: float) -> list[float]:
+    """Least squares by brute force: every way to cut the labels into touching groups, each about its mean."""
+    best, best_cost = [], np.inf
+    n = len(positions)
+    for cuts in range(2 ** (n - 1)):
+        groups, start = [], 0
+        for end in range(1, n + 1):
+            if end == n or cuts >> (end - 1) & 1:
+                groups.append(range(start, end))
+                start = end
+        placed = []
+        for group in groups:
+            middle = np.mean([positions[i] for i in group])
+            placed += [middle + gap * (k - (len(group) - 1) / 2) for k in range(len(group))]
+        apart = all(b - a >= gap - 1e-12 for a, b in pairwise(placed))
+        cost = sum((a - b) ** 2 for a, b in zip(placed, positions, strict=True))
+        if apart and cost < best_cost:
+            best, best_cost = placed, cost
+    return best
+
+
+def test_labels_move_apart_as_little_as_possible() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        positions = sorted(rng.random(6).tolist())
+        np.testing.assert_allclose(spread(positions, 0.12), nearest_apart(positions, 0.12), atol=1e-12)
+
+
+def test_evaluation_of_other_layers_only_is_not_used(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(4), steps=3)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    full = read_results(run)
+    assert full.held_out
+    assert full.values("fvu") == {layer: final_fvu(layer) for layer in range(4)}
+    assert full.all_layers == evaluation["all_layers"]
+    evaluation["layers"]["7"] = evaluation["layers"]["3"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert read_results(run).all_layers == {}  # it is about five layers, and four are here
+    del evaluation["layers"]["2"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert not read_results(run).held_out
+
+
+@pytest.mark.parametrize(
+    ("broken", "content", "message"),
+    [
+        ("layer_1/history.parquet", b"PAR1 no", "not a history"),
+        ("evaluation.json", b"{", "not readable JSON"),
+        ("recipe.yaml", b"a: [", "not readable YAML"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, broken: str, content: bytes, message: str) -> None:
+    run = write_tiny_run(tmp_path / "run", evaluation=broken == "evaluation.json")
+    (run / broken).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        draw_figures(run)
+    assert str(run / broken) in str(caught.value)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["figures.py", str(run)])
+    command_line(figures.main)
+    assert [Path(line) for line in capsys.readouterr().out.split()] == sorted((run / "figures").iterdir())
+    monkeypatch.setattr("sys.argv", ["figures.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        command_line(figures.main)
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "layer_*" in error
