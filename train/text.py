@@ -38,7 +38,9 @@ class Documents:
               a .jsonl, .json or .parquet file has one a row; .zst, .gz, .bz2 and .xz are decompressed;
             - "python-stdlib": the files of `python_stdlib_files`, one document each.
         config: the dataset's configuration, for a Hub id or folder that has several.
-        split: which part to read. Files have one split, "train"; python-stdlib has "train" and "validation".
+        split: which part to read. Files have one split, "train"; python-stdlib has "train" and "validation". Of a Hub
+            dataset or folder it may also be a file or glob in there, such as "val.jsonl.zst" of the Pile, which is in
+            none of its splits.
         text_column: the column that holds the text.
 
     Raises:
@@ -177,7 +179,10 @@ def _open_repository(
     if dataset.startswith((".", "/", "~")) and not Path(dataset).is_dir():
         raise TextError(f"there is no file or folder {dataset!r}; give an existing one, or a Hub dataset")
     try:
-        builder = datasets.load_dataset_builder(dataset, name=config)
+        if _file_format(split):
+            builder, split = datasets.load_dataset_builder(dataset, name=config, data_files=split), "train"
+        else:
+            builder = datasets.load_dataset_builder(dataset, name=config)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise TextError(
             f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {_one_line(error)}"
