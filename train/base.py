@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -18,6 +20,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
+# transformers 4.56 renamed the argument, and 5 warns of the old name
+DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 MLP_NAMES = re.compile(r"(mlp|ffn|feed_forward|feedforward|ff)", re.IGNORECASE)
 
 
@@ -75,7 +79,7 @@ class Base:
         try:
             config = AutoConfig.from_pretrained(location, revision=revision)
             check_layers(layers, config.get_text_config().num_hidden_layers)  # before gigabytes are read
-            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, torch_dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
         except OSError as error:
             reason = str(error).strip().splitlines()[0]

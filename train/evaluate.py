@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.batches import calibration_batches, open_batches, open_held_out
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.command import command_line, start_accelerator
 from bilinear_tc.train.fitter import compute_dtype
 from bilinear_tc.train.least_squares import LeastSquares
 from bilinear_tc.train.moments import Moments, fvu, fvu_raw
@@ -345,9 +344,8 @@ def loss_table(evaluation: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     (settings,) = HfArgumentParser(EvaluationSettings, allow_abbrev=False).parse_args_into_dataclasses()
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     device = accelerator.device
     layers = list_layers(settings.transcoders, settings.revision)
     recipe = read_recipe(settings.transcoders, settings.revision)

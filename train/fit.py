@@ -7,7 +7,6 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 
 from __future__ import annotations
 
-import logging
 import signal
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.batches import calibration_batches, open_batches
 from bilinear_tc.train.checkpoint import Checkpoints
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.command import command_line, start_accelerator
 from bilinear_tc.train.evaluate import evaluate_fit, fit_table
 from bilinear_tc.train.fitter import Fitter, compute_dtype
 from bilinear_tc.train.recipe import Recipe, parse_recipe
@@ -123,7 +122,7 @@ def fit(recipe: Recipe) -> None:
     """Runs a recipe to its end, from wherever its run stands."""
     folder = Path(recipe.output_dir)
     log_with = None if recipe.report_to == "none" else recipe.report_to
-    accelerator = Accelerator(log_with=log_with, project_dir=str(folder))
+    accelerator = start_accelerator(log_with=log_with, project_dir=str(folder))
     if accelerator.is_main_process:
         prepare_run(folder, recipe)
     accelerator.wait_for_everyone()
@@ -219,7 +218,6 @@ def finish(recipe: Recipe, folder: Path, accelerator: Accelerator, base: Base) -
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     fit(parse_recipe())
 
 

@@ -43,7 +43,7 @@ class FitFacts:
     device: str
     processes: int
     dtype: str
-    torch: str = torch.__version__
+    torch: str = str(torch.__version__)
     transformers: str = transformers.__version__
 
 

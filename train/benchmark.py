@@ -1,0 +1,318 @@
+"""Where a fit's time goes on the device at hand, beside the way the published set was fitted, in one run.
+
+    python train/benchmark.py --shape quickstart
+
+The baseline fits one layer a run: a full forward pass with the LM head, activations through the CPU,
+torch.optim.Muon, float32. `--shape pythia-410m` has random weights: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, HfArgumentParser
+
+from bilinear_tc.train.base import Base, base_location
+from bilinear_tc.train.batches import open_batches
+from bilinear_tc.train.command import command_line, start_accelerator
+from bilinear_tc.train.fitter import CARD_BETAS, Fitter, compute_dtype, make_transcoders
+from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
+from bilinear_tc.train.stack import squared_error
+from bilinear_tc.train.tokens import TokenBatch
+
+PHASES = ("base", "statistics", "transcoders", "optimizer")
+
+
+@dataclass
+class BenchmarkSettings:
+    """What to time."""
+
+    shape: Literal["quickstart", "pythia-410m"] = field(default="quickstart", metadata={"help": "The recipe to time."})
+    steps: int = field(default=10, metadata={"help": "Steps timed, after two that are not."})
+    baseline_steps: int = field(default=3, metadata={"help": "Steps timed of each baseline layer, after one."})
+    baseline_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers the baseline is timed on, the others taken to cost their mean; all, or 1 for Pythia."
+        },
+    )
+    text_tokens: int = field(default=2_000_000, metadata={"help": "Tokens the text pipeline alone is timed on."})
+    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step, in place of the recipe's."})
+    micro_batch_size: int | None = field(default=None, metadata={"help": "As in the recipe."})
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+class PhaseTimer:
+    """Seconds of each phase of each step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        synchronize(self.device)
+        started = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[phase].append(time.perf_counter() - started)
+
+
+@dataclass
+class FlopCount:
+    """Floating-point operations of one step, a multiply-add counted as two."""
+
+    base: float
+    transcoders: float
+    muon: float
+
+    @property
+    def total(self) -> float:
+        return self.base + self.transcoders + self.muon
+
+
+def base_flops(config: GPTNeoXConfig, layers: int, tokens: int, seq_len: int, *, lm_head: bool) -> float:
+    """Forward pass: the weights of attention (4·d²) and MLP (2·d·width), the causal half of QKᵀ and of its product."""
+    d = config.hidden_size
+    weights = layers * (4 * d * d + 2 * d * config.intermediate_size) + lm_head * d * config.vocab_size
+    return 2.0 * tokens * (weights + layers * d * seq_len)
+
+
+def transcoder_flops(n_inputs: int, n_hidden: int, n_outputs: int, tokens: int) -> float:
+    """Forward pass, the three weight gradients, and the head's input gradient."""
+    weights = 2 * n_inputs * n_hidden + n_hidden * n_outputs
+    return 2.0 * tokens * (2 * weights + n_hidden * n_outputs)
+
+
+def newton_schulz_flops(rows: int, cols: int, *, gram: bool) -> float:
+    """Five steps on one matrix. Plain, a step is X·Xᵀ, its square and a product with X. In the Gram form those with X
+    are two at each of two stretches (of three steps and of two), and all others are on the small side."""
+    small, large = sorted((rows, cols))
+    if not gram:
+        return 5 * (4.0 * small * small * large + 2.0 * small**3)
+    small_products = (1 + 2 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1)  # squares, G updates and polynomial products
+    return 2 * 4.0 * small * small * large + small_products * 2.0 * small**3
+
+
+def count_flops(recipe: Recipe, base: Base, config: GPTNeoXConfig) -> FlopCount:
+    """What one step of the fit has to compute."""
+    tokens, layers = recipe.batch_size * recipe.seq_len, len(base.layers)
+    hidden = recipe.n_hidden(base.n_inputs)
+    return FlopCount(
+        base_flops(config, base.layers[-1] + 1, tokens, recipe.seq_len, lm_head=False),
+        layers * transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens),
+        layers * 3 * newton_schulz_flops(hidden, base.n_inputs, gram=True),
+    )
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    seconds = [timed(lambda: a @ b, device) for _ in range(8)][2:]
+    return 2.0 * n**3 / median(seconds)
+
+
+def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Base:
+    """The quickstart's base, or one of Pythia-410m's shape with random weights and the quickstart's tokenizer."""
+    if settings.shape == "quickstart":
+        return Base.load(recipe.base, device=device, dtype=dtype)
+    config = GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        max_position_embeddings=2048,
+        rotary_pct=0.25,
+    )
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(config)
+    return Base(model.to(dtype), AutoTokenizer.from_pretrained(base_location("train/quickstart")))
+
+
+def random_batch(recipe: Recipe, vocab_size: int, generator: torch.Generator) -> TokenBatch:
+    return TokenBatch(torch.randint(vocab_size, (recipe.batch_size, recipe.seq_len), generator=generator), None)
+
+
+def time_steps(fitter: Fitter, batches: list[TokenBatch], warm_up: int = 2) -> float:
+    """Median seconds of a step."""
+    device = fitter.accelerator.device
+    seconds = [timed(lambda b=batch, i=i: fitter.step(b, i), device) for i, batch in enumerate(batches)]
+    return median(seconds[warm_up:])
+
+
+class LayerAtATime:
+    """The published set's way to fit one layer, as a baseline: nothing of it is shared between layers."""
+
+    def __init__(self, recipe: Recipe, base: Base, layer: int, device: torch.device) -> None:
+        self.base, self.layer, self.device = base, layer, device
+        single = dataclasses.replace(recipe, init="random")
+        self.transcoder = next(t for t in make_transcoders(single, base, device) if t.config.layer_index == layer)
+        matrices = [p for p in self.transcoder.parameters() if p.ndim == 2]
+        biases = [p for p in self.transcoder.parameters() if p.ndim == 1]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+            torch.optim.AdamW(biases, lr=3e-4, betas=CARD_BETAS, weight_decay=0.0),
+        ]
+
+    def step(self, batch: TokenBatch) -> None:
+        captured: list[Tensor] = []
+
+        def to_cpu(_mlp: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            captured.extend(t.float().cpu().flatten(0, 1) for t in (inputs[0], output))
+
+        handle = self.base.mlp(self.layer).register_forward_hook(to_cpu)
+        with torch.no_grad():
+            self.base.model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+        handle.remove()
+        x, y = (t.to(self.device) for t in captured)
+        statistics = [s for t in (x, y) for s in (t.mean(0), t.std(0))]
+        loss = squared_error(self.transcoder, x, y, *statistics) / y.numel()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def time_baseline(
+    recipe: Recipe, base: Base, layers: list[int], batches: list[TokenBatch], device: torch.device
+) -> float:
+    """Mean over the layers of the median seconds of a baseline step of one layer."""
+    seconds = []
+    for layer in layers:
+        baseline = LayerAtATime(recipe, base, layer, device)
+        seconds.append(median([timed(lambda b=batch, m=baseline: m.step(b), device) for batch in batches][1:]))
+    return sum(seconds) / len(seconds)
+
+
+def text_rate(recipe: Recipe, base: Base, accelerator: Accelerator, tokens: int) -> float:
+    """Tokens a second of the text pipeline alone, reading and tokenising processes started beforehand."""
+    text = dataclasses.replace(
+        recipe, dataset="python-stdlib", dataset_config=None, split="train", text_column="text", shuffle_buffer=0
+    )
+    with open_batches(text, base.tokenizer, accelerator) as batches:
+        next(batches)
+        started, read = time.perf_counter(), 0
+        while read < tokens:
+            read += next(batches).input_ids.numel()
+        return read / (time.perf_counter() - started)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the device's, or this process's where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def smaller_fits(recipe: Recipe, base: Base, accelerator: Accelerator, batch: TokenBatch) -> Iterator[str]:
+    """A line for each of three numbers of layers and three of tokens."""
+    every = list(base.layers)
+    for share in (3, 2, 1):
+        base.layers = every[: len(every) // share]
+        seconds = time_steps(Fitter(recipe, base, accelerator), [batch] * 5)
+        yield f"  {len(base.layers):3d} layers, {batch.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
+    for share in (4, 2):
+        part = TokenBatch(batch.input_ids[: len(batch) // share], None)
+        seconds = time_steps(Fitter(recipe, base, accelerator), [part] * 5)
+        yield f"  {len(base.layers):3d} layers, {part.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
+
+
+def main() -> None:
+    (settings,) = HfArgumentParser(BenchmarkSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    accelerator = start_accelerator()
+    device = accelerator.device
+    recipe = Recipe(**read_settings(recipe_file(settings.shape)))
+    recipe = dataclasses.replace(
+        recipe,
+        batch_size=settings.batch_size or recipe.batch_size,
+        micro_batch_size=settings.micro_batch_size or recipe.micro_batch_size,
+    )
+    dtype = compute_dtype(recipe, device)
+    base = load_base(settings, recipe, device, dtype)
+    config, layers = base.model.config, list(base.layers)
+    tokens = recipe.batch_size * recipe.seq_len
+    generator = torch.Generator().manual_seed(0)
+    batches = [random_batch(recipe, config.vocab_size, generator) for _ in range(settings.steps + 2)]
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rate = product_rate(device, dtype)
+    print(f"{settings.shape}: {len(layers)} layers, {tokens:,} tokens a step, {str(dtype)[6:]}, on {name}")
+    print(f"large matrix product: {rate / 1e12:.3f} TFLOP/s")
+
+    fitter = Fitter(recipe, base, accelerator)
+    seconds = time_steps(fitter, batches)
+    early_peak = peak_memory(device)
+    timer = PhaseTimer(device)
+    fitter.timer = timer
+    time_steps(fitter, batches)
+    flops = count_flops(recipe, base, config)
+    print(
+        f"\na step: {seconds:.3f} s, {flops.total / seconds / 1e12:.3f} TFLOP/s, {flops.total / seconds / rate:.0%} of it"
+    )
+    counted = {"base": flops.base, "transcoders": flops.transcoders, "optimizer": flops.muon}
+    total = sum(median(timer.seconds[phase][2:]) for phase in PHASES)
+    print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")
+    for phase in PHASES:
+        spent, work = median(timer.seconds[phase][2:]), counted.get(phase)
+        figures = f"{work / 1e9:10.1f} {work / spent / 1e12:8.3f}" if work else ""
+        label = "Muon, AdamW" if phase == "optimizer" else phase
+        print(f"  {label:12s} {spent:9.4f} {spent / total:6.1%} {figures}")
+    late_peak = peak_memory(device)
+    print(f"peak memory: {early_peak / 2**30:.2f} GiB; after as many steps again {late_peak / 2**30:.2f} GiB")
+    print(f"the full recipe, {recipe.max_steps} steps: {recipe.max_steps * seconds / 60:.1f} minutes for all layers")
+
+    pipeline = text_rate(recipe, base, accelerator, settings.text_tokens)
+    surplus = pipeline * seconds / tokens
+    print(f"\ntext pipeline alone: {pipeline:,.0f} tokens/s, {surplus:.1f} times what the fit consumes")
+
+    print("\ncost by layers and tokens:")
+    for line in smaller_fits(recipe, base, accelerator, batches[0]):
+        print(line)
+
+    count = settings.baseline_layers or (len(layers) if settings.shape == "quickstart" else 1)
+    base.layers = layers
+    base.model.float()
+    one_layer = time_baseline(recipe, base, layers[:count], batches[: settings.baseline_steps + 1], device)
+    hidden = recipe.n_hidden(base.n_inputs)
+    baseline_flops = len(layers) * (
+        base_flops(config, config.num_hidden_layers, tokens, recipe.seq_len, lm_head=True)
+        + transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens)
+        + 3 * newton_schulz_flops(hidden, base.n_inputs, gram=False)
+    )
+    print(
+        f"\nlayer at a time, timed on {count} of {len(layers)} layers: {one_layer:.3f} s a step a layer, "
+        f"{one_layer * len(layers):.3f} s for all\n"
+        f"all layers in one pass are {one_layer * len(layers) / seconds:.1f} times faster; "
+        f"the FLOP counts' ratio is {baseline_flops / flops.total:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    command_line(main)
