@@ -7,7 +7,8 @@ so that memory stays small whatever is pushed), checks tokens, makes commits ato
         HfApi(endpoint=hub.url, token=hub.token).create_repo("tester/model")
 
 As on the Hub, large and binary files live on a second origin (the storage host), to which clients are redirected and
-which must never see a token. It offers plain LFS and no Xet storage: `xet-write-token` answers 404.
+which must never see a token. It offers plain LFS and no Xet storage: `xet-write-token` answers 404, unless `has_xet` is
+set, which shows what a client makes of the answer and stores nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
-Fault = Literal["drop", "lost"] | int | Callable[[], object]
+Failure = Literal["drop", "lost"] | int
+Fault = Failure | Callable[[], Failure | None]
 RepoType = Literal["model", "dataset"]
 
 CHUNK = 1 << 20
@@ -199,6 +201,7 @@ class HubServer:
         self.token, self.read_token = "hf_loopbackWriteToken", "hf_loopbackReadToken"
         self.requests: list[str] = []
         self.leaks: list[str] = []
+        self.has_xet = False
         self._faults: dict[int, Fault] = {}
         self._lock = threading.RLock()
         self._hub = self._listen(HubHandler)
@@ -231,7 +234,7 @@ class HubServer:
         """Makes the nth request from now (1 = the next) fail, and the `times` − 1 after it.
 
         An integer is the status to answer with; "drop" closes the connection before anything is done, "lost" after
-        everything is done but the answer; a callable is called before the connection is dropped.
+        everything is done but the answer; a callable is called, and what it returns is what happens (None: nothing).
         """
         with self._lock:
             first = len(self.requests) + nth_request - 1
@@ -310,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         self.parts = url.path.strip("/").split("/")
         fault = self.hub.arrive(f"{self.command} {unquote(url.path)}")
-        self.answer_lost = fault == "lost"
+        self.answer_lost = False
         try:
             self._strike(fault)
             self.dispatch()
@@ -325,13 +328,12 @@ class Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def _strike(self, fault: Fault | None) -> None:
-        if fault is None or fault == "lost":
-            return
-        if isinstance(fault, int):
-            raise HubError(fault, "Injected fault")
-        if callable(fault):
-            fault()
-        raise Dropped
+        failure = fault() if callable(fault) else fault
+        self.answer_lost = failure == "lost"
+        if isinstance(failure, int):
+            raise HubError(failure, "Injected fault")
+        if failure == "drop":
+            raise Dropped
 
     def _close(self) -> None:
         self.close_connection = True
@@ -516,6 +518,9 @@ class HubHandler(Handler):
                 self._refs(self._repo(repo_type, repo_id))
             case "GET", ["commits", revision]:
                 self._commits(self._repo(repo_type, repo_id), revision)
+            case "GET", ["xet-write-token", _] if self.hub.has_xet:
+                self._repo(repo_type, repo_id, write=True)
+                self.reply({"casUrl": self.hub.storage_url, "exp": int(time.time()) + 3600, "accessToken": "xet"})
             case "POST", ["preupload", revision]:
                 self._preupload(self._repo(repo_type, repo_id, write=True), revision)
             case "POST", ["commit", revision]:

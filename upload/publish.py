@@ -62,13 +62,12 @@ class Publication:
             raise ValueError("--tag cannot be given with --create_pr: tag the commit once the pull request is merged")
 
 
-def publish(run: Path, settings: Publication, hub: HubRepository | None = None) -> State | None:
+def publish(run: Path, settings: Publication) -> State | None:
     """Publishes a run, reads it back and prints where it is; a dry run only writes the folder and lists the changes.
 
     Args:
         run: a directory as train/fit.py writes it.
         settings: where to and how.
-        hub: the repository to talk to, where it is not the one that `settings` names.
 
     Returns:
         The commit that holds the set, None from a dry run.
@@ -78,7 +77,7 @@ def publish(run: Path, settings: Publication, hub: HubRepository | None = None) 
         RuntimeError: the Hub refused, or does not hold what was sent; one sentence with the remedy.
         OSError: RUN/repository cannot be written.
     """
-    hub = hub or HubRepository(settings.repo_id, settings.revision)
+    hub = HubRepository(settings.repo_id, settings.revision)
     layers = check_run(run, allow_partial=settings.allow_partial)
     if not settings.dry_run:
         hub.check_token()
@@ -96,6 +95,13 @@ def publish(run: Path, settings: Publication, hub: HubRepository | None = None) 
     if settings.dry_run:
         show_plan(hub, local)
         return None
+    return send(hub, settings, run, local, layers)
+
+
+def send(
+    hub: HubRepository, settings: Publication, run: Path, local: Mapping[str, LocalFile], layers: Sequence[int]
+) -> State:
+    """Makes the Hub hold the set, reads it back, tags it and prints where it is."""
     state = bring_up_to_date(hub, settings, local, layers)
     verify(hub, state.commit, local, run, layers[0], settings.save_dtype)
     if settings.tag:

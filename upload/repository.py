@@ -21,6 +21,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.upload.figures import draw_figures
+from bilinear_tc.upload.legacy import export_checkpoint
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.results import layer_folders, read_evaluation, read_history, read_yaml
 
@@ -226,8 +227,6 @@ def build_repository(
     for layer in layers:
         add_layer(run / f"layer_{layer}", scratch / f"layer_{layer}", save_dtype)
         if with_pt:
-            from bilinear_tc.upload.legacy import export_checkpoint
-
             export_checkpoint(run, layer, scratch / f"layer_{layer}")
     draw_figures(scratch)
     write_model_card(scratch, repo_id=repo_id, author=author)

@@ -1,0 +1,437 @@
+"""Publishing a run: one commit or none, whatever happens on the way; what is on the Hub is what was in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hub_server import Fault, HubServer, copy_repository
+from huggingface_hub import HfApi, ModelCard
+from publishing import Publisher, send, start_forkserver
+from safetensors.torch import load_file, save_file
+from test_hub_loading import load_in_fresh_process, saved_output
+from tiny_run import write_tiny_run
+
+from bilinear_tc.upload.hub import HubRepository, compare
+from bilinear_tc.upload.publish import Publication
+from bilinear_tc.upload.repository import build_repository, check_run, hash_file, list_files
+
+REPO = "tester/set"
+LAYER_FILES = {"config.json", "model.safetensors", "config.yaml", "history.parquet"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forkserver(tmp_path_factory: pytest.TempPathFactory) -> None:
+    start_forkserver(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+        assert not server.leaks, "a token went to the storage host"
+
+
+@pytest.fixture
+def publisher(hub: HubServer, tmp_path: Path) -> Publisher:
+    return Publisher(hub, tmp_path / "home")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_tiny_run(tmp_path / "run")
+
+
+def local_hashes(folder: Path) -> dict[str, str]:
+    """Path → sha256 of every file of a folder."""
+    return {path: file.sha256 for path, file in list_files(folder).items()}
+
+
+def published(hub: HubServer, revision: str = "main") -> dict[str, str]:
+    """Path → sha256 of every file on the Hub, without the one that the Hub itself put there."""
+    return {path: sha256 for path, sha256 in hub.files(REPO, revision).items() if path != ".gitattributes"}
+
+
+def commits(hub: HubServer, revision: str = "main") -> int:
+    return sum(1 for _ in hub.repo(REPO).history(revision))
+
+
+def changing(requests: list[str]) -> list[str]:
+    """The requests that change what the Hub holds."""
+    return [request for request in requests if re.match(r"PUT|DELETE|POST .*/(commit|branch|tag|create)", request)]
+
+
+# What a publication is
+
+
+def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
+    hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
+) -> None:
+    done = publisher.command(run, "--repo_id", REPO, "--author", "Ada Lovelace", "--message", "First set")
+    assert done.returncode == 0, done.output
+    layers = {f"layer_{layer}/{name}" for layer in (0, 1) for name in LAYER_FILES}
+    figures = {"figures/all_layers_comparison.png", "figures/training_curves_overlaid_layers_0_1.png"}
+    root = {"README.md", "configuration_bilinear_tc.py", "modeling_bilinear_tc.py", "recipe.yaml", "evaluation.json"}
+    assert set(published(hub)) == layers | figures | root
+    for path in layers | {"recipe.yaml", "evaluation.json"}:
+        assert published(hub)[path] == hash_file(run / path).sha256
+    history = list(hub.repo(REPO).history("main"))
+    assert [commit.title for commit in history] == ["First set", "initial commit"]
+
+    assert f"{hub.url}/{REPO}" in done.stdout
+    assert f'AutoModel.from_pretrained("{REPO}", subfolder="layer_0", trust_remote_code=True)' in done.stdout
+    assert hub.token not in done.output
+    card = ModelCard.load(copy_repository(hub, REPO, tmp_path / "clone") / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "Ada Lovelace" in card.text
+
+    loads = [{"subfolder": f"layer_{layer}"} for layer in (0, 1)]
+    outputs = load_in_fresh_process(REPO, loads, hub.environment(tmp_path / "reader"), tmp_path / "outputs.pt")
+    for layer, (_, _, output) in enumerate(outputs):
+        assert torch.equal(output, saved_output(run, layer))
+
+
+def test_a_second_publication_uploads_nothing_and_says_so(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    assert publisher.command(run, "--repo_id", REPO).returncode == 0
+    before = len(hub.requests)
+    again = publisher.command(run, "--repo_id", REPO)
+    assert again.returncode == 0, again.output
+    assert "nothing was uploaded" in again.stdout
+    assert changing(hub.requests[before:]) == []
+    assert commits(hub) == 2
+
+
+def test_an_update_removes_what_no_longer_belongs_in_the_same_commit(
+    hub: HubServer, publisher: Publisher, tmp_path: Path
+) -> None:
+    old = write_tiny_run(tmp_path / "old", layers=(0, 1, 2))
+    assert publisher.command(old, "--repo_id", REPO).returncode == 0
+    foreign = {"notes.txt": b"ours", "layer_2/probe.txt": b"ours too", "figures/mine.png": b"\0png"}
+    hub.put(REPO, foreign)
+    new = write_tiny_run(tmp_path / "new", layers=(0, 1), seed=5, evaluation=False)
+    done = publisher.command(new, "--repo_id", REPO)
+    assert done.returncode == 0, done.output
+    assert set(published(hub)) - set(foreign) == set(local_hashes(new / "repository"))
+    assert set(foreign) <= set(published(hub))
+    assert commits(hub) == 4
+    assert "6 removed" in done.stdout  # layer_2's four files, evaluation.json, the curves of layers 0 to 2
+
+
+def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
+    hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
+) -> None:
+    before = local_hashes(run)
+    done = publisher.command(run, "--repo_id", REPO, "--save_dtype", "bfloat16", "--private")
+    assert done.returncode == 0, done.output
+    assert hub.repo(REPO).private
+    clone = copy_repository(hub, REPO, tmp_path / "clone")
+    kept, sent = (load_file(folder / "layer_1" / "model.safetensors") for folder in (run, clone))
+    for name, tensor in sent.items():
+        is_statistic = name.endswith(("mean", "std"))
+        assert tensor.dtype == (torch.float32 if is_statistic else torch.bfloat16)
+        assert torch.equal(tensor, kept[name].to(tensor.dtype))
+    assert "bfloat16" in (clone / "layer_1" / "config.json").read_text()
+    assert not list(clone.glob("layer_*/*.py"))
+    assert {path: sha256 for path, sha256 in local_hashes(run).items() if "repository/" not in path} == before
+
+
+def test_with_pt_adds_the_earlier_layout_and_the_next_publication_without_it_removes_it(
+    hub: HubServer, publisher: Publisher, run: Path
+) -> None:
+    done = publisher.command(run, "--repo_id", REPO, "--with_pt")
+    assert done.returncode == 0, done.output
+    checkpoints = {f"layer_{layer}/transcoder_weights_l{layer}_bilinear_muon_5b.pt" for layer in (0, 1)}
+    assert checkpoints <= set(published(hub))
+    assert "nothing was uploaded" in publisher.command(run, "--repo_id", REPO, "--with_pt").stdout
+    assert publisher.command(run, "--repo_id", REPO).returncode == 0
+    assert not checkpoints & set(published(hub))
+
+
+def test_a_branch_is_made_and_main_left_alone(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    hub.put(REPO, {"README.md": b"---\nlicense: mit\n---\n"})
+    main = published(hub)
+    done = publisher.command(run, "--repo_id", REPO, "--revision", "next/try", "--tag", "v2")
+    assert done.returncode == 0, done.output
+    assert published(hub) == main
+    assert published(hub, "next/try") == published(hub, "v2") == local_hashes(run / "repository")
+    assert 'revision="v2"' in done.stdout
+    assert f"{hub.url}/{REPO}/tree/next%2Ftry" in done.stdout
+
+
+def test_a_pull_request_is_opened_once_and_main_left_alone(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    hub.put(REPO, {"notes.txt": b"ours"})
+    first = publisher.command(run, "--repo_id", REPO, "--create_pr")
+    assert first.returncode == 0, first.output
+    assert set(published(hub)) == {"notes.txt"}
+    assert published(hub, "refs/pr/1") == {**local_hashes(run / "repository"), **published(hub)}
+    assert f"{hub.url}/{REPO}/discussions/1" in first.stdout
+    again = publisher.command(run, "--repo_id", REPO, "--create_pr")
+    assert "nothing was uploaded" in again.stdout
+    assert f"{hub.url}/{REPO}/discussions/1" in again.stdout
+    assert "refs/pr/2" not in hub.repo(REPO).refs
+
+
+def test_a_tag_in_use_is_refused_before_anything_is_sent(
+    hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
+) -> None:
+    assert publisher.command(run, "--repo_id", REPO, "--tag", "v1").returncode == 0
+    assert publisher.command(run, "--repo_id", REPO, "--tag", "v1").returncode == 0
+    other = write_tiny_run(tmp_path / "other", seed=9)
+    before = len(hub.requests)
+    refused = publisher.command(other, "--repo_id", REPO, "--tag", "v1")
+    assert refused.returncode == 1
+    assert "tag v1" in refused.stderr
+    assert changing(hub.requests[before:]) == []
+
+
+def test_a_dry_run_writes_the_folder_and_sends_nothing(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    foreign = {"layer_7/model.safetensors": b"old", "layer_7/notes.txt": b"ours", "recipe.yaml": b"old: true\n"}
+    hub.put(REPO, foreign)
+    done = Publisher(hub, publisher.home, token="").command(run, "--repo_id", REPO, "--dry_run")
+    assert done.returncode == 0, done.output
+    assert changing(hub.requests) == []
+    lines = {line.split()[-1]: line for line in done.stdout.splitlines() if line[:2] in ("+ ", "~ ", "= ", "- ")}
+    assert set(lines) == set(local_hashes(run / "repository")) | {"layer_7/model.safetensors"}
+    assert lines["layer_7/model.safetensors"].startswith("-")
+    assert lines["recipe.yaml"].startswith("~")
+    assert lines["layer_1/history.parquet"].startswith("+")
+    size = (run / "layer_1" / "history.parquet").stat().st_size
+    assert f"{size / 1000:.1f} kB" in lines["layer_1/history.parquet"]
+
+
+def test_files_go_by_xet_where_the_hub_has_it_and_else_as_streams(hub: HubServer, run: Path) -> None:
+    hub.create(REPO)
+    repository = HubRepository(REPO)
+    repository.api = HfApi(endpoint=hub.url, token=hub.token)
+    local = list_files(run)
+    changes = compare(local, {})
+    kinds = {}
+    for hub.has_xet in (False, True):
+        with pytest.MonkeyPatch.context() as patch, ExitStack() as opened:
+            patch.setenv("HF_TOKEN", hub.token)
+            additions = repository._additions(local, changes, opened, create_pr=False)
+            kinds[hub.has_xet] = {type(addition.path_or_fileobj).__name__ for addition in additions}
+    assert kinds == {False: {"BufferedReader"}, True: {"str"}}
+
+
+# What is refused
+
+
+def test_everything_wrong_with_a_run_is_said_at_once(hub: HubServer, publisher: Publisher, tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(9))
+    weights = {layer: run / f"layer_{layer}" / "model.safetensors" for layer in range(9)}
+    tensors = {layer: load_file(path) for layer, path in weights.items()}
+    tensors[0]["left.weight"][2, 1] = float("nan")
+    tensors[1]["head.weight"] = torch.zeros(3, 3)
+    del tensors[2]["right.bias"]
+    tensors[3]["input_std"][0] = 0
+    for layer in range(4):
+        save_file(tensors[layer], weights[layer], metadata={"format": "pt"})
+    (run / "layer_4" / "history.parquet").write_bytes(b"PAR1 not really")
+    history = pq.read_table(run / "layer_5" / "history.parquet")
+    pq.write_table(history.drop_columns("fvu"), run / "layer_5" / "history.parquet")
+    weights[6].write_bytes(weights[6].read_bytes()[:-10])
+    for name in ("layer_7", "layer_8"):
+        config = json.loads((run / name / "config.json").read_text())
+        config.update(n_inputs=12) if name == "layer_7" else config.update(layer_index=3)
+        (run / name / "config.json").write_text(json.dumps(config))
+    (run / "layer_8" / "config.yaml").unlink()
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["layers"]["6"]["kl"] = float("nan")
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layers": "0-9"}))
+
+    done = publisher.command(run, "--repo_id", REPO)
+    assert done.returncode == 1
+    problems = done.stderr.removeprefix("error: ").splitlines()[1:]
+    expected = [
+        ("layer_0", "left.weight", "not finite"),
+        ("layer_1", "head.weight", "[3, 3]", "[8, 16]"),
+        ("layer_2", "right.bias"),
+        ("layer_3", "input_std"),
+        ("layer_4", "history.parquet"),
+        ("layer_5", "history.parquet", "fvu"),
+        ("layer_6",),
+        ("layer_7", "left.weight", "[16, 12]"),
+        ("layer_8", "layer 3"),
+        ("layer_8/config.yaml", "missing"),
+        ("layer_9", "missing"),
+        ("evaluation.json", "kl", "6"),
+        ("n_inputs", "12 in layer_7"),
+    ]
+    for words in expected:
+        assert any(all(word in problem for word in words) for problem in problems), (words, problems)
+    assert hub.requests == []
+
+
+def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layers": "0-2", "max_steps": 50}))
+    with pytest.raises(ValueError, match=r"layer_2 is missing(.|\n)*layer_0 was fitted for 5 of 50 steps"):
+        check_run(run)
+    done = publisher.command(run, "--repo_id", REPO, "--allow_partial")
+    assert done.returncode == 0, done.output
+    assert {path.split("/")[0] for path in published(hub) if path.startswith("layer_")} == {"layer_0", "layer_1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "token", "words"),
+    [
+        (["--repo_id", REPO], "", ["no Hub token", "hf auth login"]),
+        (["--repo_id", REPO], "hf_madeUpToken", ["401", "hf auth login"]),
+        (["--repo_id", REPO], "hf_loopbackReadToken", ["403", "write access"]),
+        (["--repo_id", "other/set"], "hf_loopbackWriteToken", ["403", "other", "--repo_id"]),
+        (["--repo_id", REPO, "--revision", "refs/pr/4"], "hf_loopbackWriteToken", ["refs/pr/4", "--revision"]),
+        (["--repo_id", "just-a-name"], "hf_loopbackWriteToken", ["you/name", "just-a-name"]),
+        ([], "hf_loopbackWriteToken", ["--repo_id", "you/name"]),
+        (["--repo_id", "tester/public", "--private"], "hf_loopbackWriteToken", ["public", "--private"]),
+        (["--repo_id", REPO, "--create_pr", "--tag", "v1"], "hf_loopbackWriteToken", ["--tag", "--create_pr"]),
+    ],
+)
+def test_a_refusal_is_one_sentence_with_the_remedy(
+    hub: HubServer, run: Path, tmp_path: Path, flags: list[str], token: str, words: list[str]
+) -> None:
+    hub.create("tester/public")
+    done = Publisher(hub, tmp_path / "home", token=token).command(run, *flags)
+    assert done.returncode == 1
+    sentence = done.stderr.strip()
+    assert sentence.startswith("error: ")
+    assert "\n" not in sentence
+    assert all(word in sentence for word in words), sentence
+    assert not token or token not in done.output
+
+
+def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub: HubServer, publisher: Publisher, run: Path) -> None:
+    hub.put(REPO, {"notes.txt": b"ours"})
+
+    def someone_commits() -> None:
+        if hub.requests[-1] == f"POST /api/models/{REPO}/commit/main":
+            hub.put(REPO, {"notes.txt": b"changed"})
+
+    hub.fail(1, someone_commits, times=1000)
+    done = publisher.command(run, "--repo_id", REPO)
+    assert done.returncode == 1
+    assert "412" in done.stderr
+    assert "run the command again" in done.stderr
+    assert set(published(hub)) == {"notes.txt"}
+
+
+# What goes wrong on the way
+
+
+class Update:
+    """The update of an old set on the Hub by a new one, to be disturbed; each case has a Hub of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.old = write_tiny_run(folder / "old", layers=(0, 1), steps=3, seed=1)
+        self.new = write_tiny_run(folder / "new", layers=(0,), steps=3, seed=2)
+        for run in (self.old, self.new):
+            build_repository(run, run / "repository", check_run(run), repo_id=REPO)
+        self.sets = [local_hashes(run / "repository") for run in (self.old, self.new)]
+        self.settings = Publication(repo_id=REPO)
+
+    def hub(self, name: str) -> HubServer:
+        hub = HubServer(self.folder / name)
+        files = {path: file.path for path, file in list_files(self.old / "repository").items()}
+        hub.put(REPO, files)
+        return hub
+
+    def number_of_requests(self) -> int:
+        with self.hub("reference") as hub:
+            done = Publisher(hub, self.folder / "reference-home").send(self.new, self.settings)
+            assert done.returncode == 0, done.output
+            assert published(hub) == self.sets[1]
+            return len(hub.requests)
+
+
+@pytest.fixture(scope="module")
+def update(tmp_path_factory: pytest.TempPathFactory) -> Update:
+    return Update(tmp_path_factory.mktemp("update"))
+
+
+def at_every_request(update: Update, case: Callable[[int], None]) -> None:
+    """Runs a case for every request of the update in turn, several at a time: they mostly wait."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(case, range(1, update.number_of_requests() + 1)))
+
+
+@pytest.mark.parametrize("fault", [500, 503, "drop", "lost"])
+def test_a_failure_at_any_request_is_overcome(update: Update, fault: Fault) -> None:
+    def case(nth: int) -> None:
+        with update.hub(f"{fault}-{nth}") as hub:
+            hub.fail(nth, fault)
+            done = Publisher(hub, update.folder / f"{fault}-{nth}-home").send(update.new, update.settings)
+            assert done.returncode == 0, (nth, hub.requests[nth - 1], done.output)
+            assert published(hub) == update.sets[1]
+            assert commits(hub) == 3, (nth, hub.requests[nth - 1])  # the Hub's own, the old set, the new one
+
+    at_every_request(update, case)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(update: Update, moment: str) -> None:
+    def case(nth: int) -> None:
+        with update.hub(f"kill-{moment}-{nth}") as hub:
+            publisher = Publisher(hub, update.folder / f"kill-{moment}-{nth}-home")
+            started = threading.Event()
+
+            def kill() -> str:
+                started.wait()
+                os.kill(process.pid, signal.SIGKILL)
+                return "drop" if moment == "before" else "lost"
+
+            hub.fail(nth, kill)
+            process = publisher.start(send, update.new, update.settings)
+            started.set()
+            assert publisher.finish(process).returncode == -signal.SIGKILL
+            assert published(hub) in update.sets
+            again = publisher.send(update.new, update.settings)
+            assert again.returncode == 0, (nth, again.output)
+            assert published(hub) == update.sets[1]
+            assert commits(hub) == 3
+
+    at_every_request(update, case)
+
+
+def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(update: Update) -> None:
+    settings = replace(update.settings, create_pr=True)
+    with update.hub("lost-pr") as hub:
+
+        def lose_commit() -> str | None:
+            return "lost" if "/commit/" in hub.requests[-1] else None
+
+        hub.fail(1, lose_commit, times=1000)
+        done = Publisher(hub, update.folder / "lost-pr-home").send(update.new, settings)
+        assert done.returncode == 0, done.output
+        assert f"{hub.url}/{REPO}/discussions/1" in done.stdout
+        assert [ref for ref in hub.repo(REPO).refs if ref.startswith("refs/pr/")] == ["refs/pr/1"]
+        assert published(hub) == update.sets[0]
+
+
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_hub_that_stays_down_ends_the_command_in_one_sentence(update: Update, fault: Fault) -> None:
+    with update.hub(f"down-{fault}") as hub:
+        hub.fail(3, fault, times=1000)
+        done = Publisher(hub, update.folder / f"down-{fault}-home").send(update.new, update.settings)
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: the .*failed 5 times.*run the command again.*\n", done.stderr), done.stderr
+        assert len(hub.requests) == 2 + 5
+        assert published(hub) == update.sets[0]
+        hub.heal()
+        again = Publisher(hub, update.folder / f"up-{fault}-home").send(update.new, update.settings)
+        assert again.returncode == 0, again.output
+        assert published(hub) == update.sets[1]
