@@ -47,7 +47,8 @@ class BilinearTC(PreTrainedModel):
     (n_hidden → n_outputs). In form `input_sum` they are `W_right` (n_inputs → n_hidden, no bias) and `W_left`
     (n_hidden → n_outputs). The z-score statistics `input_mean`, `input_std` [n_inputs] and `output_mean`,
     `output_std` [n_outputs] are persistent buffers, 0 and 1 in a new model. They stay in float32 (or wider)
-    when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input.
+    when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input
+    (transformers 4.46 rounds them all the same where it loads in half precision with a `device_map`).
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-410m")
@@ -61,8 +62,8 @@ class BilinearTC(PreTrainedModel):
     config_class = BilinearTCConfig
     main_input_name = "x"
     _no_split_modules: ClassVar[list[str]] = ["BilinearTC"]
-    _keep_in_fp32_modules: ClassVar[list[str]] = list(STATISTICS)  # when loaded in float16
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(STATISTICS)  # and in bfloat16
+    # transformers 4.46 would otherwise take the dtype of the first tensor, a statistic, for that of all.
+    _supports_param_buffer_assignment = False
 
     def __init__(self, config: BilinearTCConfig) -> None:
         super().__init__(config)

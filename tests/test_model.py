@@ -275,7 +275,7 @@ def test_an_input_that_is_no_mlp_input_is_refused(x, came):
 def test_compiles_in_one_graph(form, dtype):
     torch.compiler.reset()  # recompilations count towards a limit, over all tests
     tc = transcoder(form).to(dtype)
-    compiled = torch.compile(tc, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(tc, fullgraph=True, backend="eager")
     for shape in ((2, 3, WIDTH), (WIDTH,)):
         x = torch.randn(shape)
         torch.testing.assert_close(compiled(x), tc(x))
@@ -330,10 +330,11 @@ def test_capture_stops_after_the_mlp_and_leaves_no_trace():
 
 
 def test_a_base_whose_pass_never_comes_to_the_mlp_is_an_error():
-    base = neox()
-    base.gpt_neox.layers[1].forward = lambda hidden_states, *args, **kwargs: hidden_states
-    with pytest.raises(RuntimeError, match=r"never came to gpt_neox\.layers\.1\.mlp"):
-        transcoder(mlp_path="gpt_neox.layers.1.mlp").capture(base, input_ids=TOKENS)
+    base = nn.ModuleDict({"mlp": nn.Linear(WIDTH, WIDTH)})
+    base.forward = lambda input_ids: input_ids
+    with pytest.raises(RuntimeError, match="forward pass never came to mlp") as error:
+        transcoder(mlp_path="mlp").capture(base, input_ids=TOKENS)
+    assert one_sentence(error)
 
 
 def test_attached_replaces_the_mlp_and_restores_it(base_and_path):
@@ -427,14 +428,13 @@ def test_attaching_disturbs_neither_the_callers_hooks_nor_the_random_numbers():
     assert len(seen) == 2 + 6
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_compiled_base(fullgraph):
+def test_a_base_compiled_in_one_graph():
     torch.compiler.reset()
-    base = neox()
+    base = neox(num_hidden_layers=2)
     tc = transcoder(mlp_path="gpt_neox.layers.1.mlp")
     before = logits(base)
     expected, x, y = with_hook(base, tc.config.mlp_path, replacement=tc)
-    compiled = torch.compile(base.base_model, backend="aot_eager", fullgraph=fullgraph)
+    compiled = torch.compile(base.base_model, backend="eager", fullgraph=True)
 
     def compiled_logits():
         with torch.no_grad():
@@ -497,7 +497,7 @@ def test_a_base_that_does_not_fit_is_refused_with_a_sentence(use, config, make, 
         (
             ResidualMLP,
             lambda mlp, x: mlp(x, x),
-            "takes (2 tensors, not one|not take one tensor)|does not take one tensor",
+            "takes 2 tensors, not one|does not take one tensor",
         ),
     ],
 )
