@@ -333,7 +333,8 @@ def comparison_alt(results: Results) -> str:
         else f"FVU is {format_fvu(fvu[best])} at layer {best}"
     )
     affine = results.mean("fvu_linear")
-    beside = f"; the best affine map's is {format_fvu(affine)} on average" if affine is not None else ""
+    average = " on average" if len(fvu) > 1 else ""
+    beside = f"; the best affine map's is {format_fvu(affine)}{average}" if affine is not None else ""
     return f"{kind} FVU (log scale) and variance explained by layer. {extent}{beside}."
 
 

@@ -117,7 +117,7 @@ def load_inert(path: Path) -> Any:
     """
     named, config_class = pickled_globals(path)
     try:
-        with allowed(stand_in(config_class) if config_class and not is_plain(config_class) else None):
+        with allowed_alone(stand_in(config_class) if config_class and not is_plain(config_class) else None):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a crafted pickle can make the unpickler fail in any way
         foreign = sorted(name for name in named - {config_class} if not is_plain(name))
@@ -167,9 +167,13 @@ def stand_in(name: str) -> type:
 
 
 @contextmanager
-def allowed(cls: type | None) -> Iterator[None]:
-    """Lets the restricted unpickler make objects of one class more, by a way that torch 2.4 has too."""
+def allowed_alone(cls: type | None) -> Iterator[None]:
+    """Lets the restricted unpickler make objects of this class, and of no class that other libraries have allowed.
+
+    By a way that torch 2.4 has too.
+    """
     before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([cls] if cls else [])
     try:
         yield

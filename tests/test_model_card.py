@@ -1,0 +1,458 @@
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from tiny_run import final_fvu, write_tiny_run
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from bilinear_tc.upload.figures import draw_figures
+from bilinear_tc.upload.findings import findings, format_fvu, layer_ranges, like_layers
+from bilinear_tc.upload.legacy import export_run
+from bilinear_tc.upload.model_card import check_card, format_duration, relative_links, write_model_card
+from bilinear_tc.upload.results import Results, read_results
+
+SECTIONS = [
+    "Overview",
+    "Architecture",
+    "Performance summary",
+    "Repository structure",
+    "Usage",
+    "Training details",
+    "Checkpoint contents",
+    "Key findings",
+    "Limits",
+    "Citation",
+    "Licence",
+    "Acknowledgments",
+]
+# The scores on the earlier set's card; where it gives a range, its ends and values between them.
+EARLIER = {0: 0.0075, 1: 0.167, 2: 0.174, 3: 0.037, **dict.fromkeys(range(4, 22), 0.05), 22: 0.066, 23: 0.0259}
+
+
+def change_settings(run: Path, **changes: Any) -> Path:
+    """Rewrites settings wherever the run holds them."""
+    for path in (run / "recipe.yaml", *run.glob("layer_*/config.yaml")):
+        settings = yaml.safe_load(path.read_text()) | changes
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    for path in run.glob("layer_*/config.json"):
+        config = json.loads(path.read_text())
+        config["base_model"] = changes.get("base", config["base_model"])
+        config["base_revision"] = changes.get("base_revision", config.get("base_revision"))
+        path.write_text(json.dumps(config))
+    return run
+
+
+def change_fvu(run: Path, fvu: dict[int, float], **scores: Any) -> Path:
+    """Rewrites evaluation.json with these FVUs; other scores of a layer are replaced by `scores`."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["layers"] = {
+        str(layer): {"fvu": value, "variance_explained": 1 - value, **scores} for layer, value in fvu.items()
+    }
+    if not scores:
+        del evaluation["all_layers"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return run
+
+
+def pythia_run(folder: Path, **kwargs: Any) -> Path:
+    run = write_tiny_run(folder, **kwargs)
+    return change_settings(run, base="EleutherAI/pythia-410m", dataset="monology/pile-uncopyrighted")
+
+
+def write(run: Path, repo_id: str | None = "you/name", author: str | None = "A. Thor") -> str:
+    return write_model_card(run, repo_id=repo_id, author=author).read_text(encoding="utf-8")
+
+
+def section(card: str, name: str) -> str:
+    return re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", card, flags=re.DOTALL | re.MULTILINE)[1]
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """The rows below the header that begins with `first`."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_metadata_parse_back_as_the_hub_reads_them(tmp_path: Path) -> None:
+    run = pythia_run(tmp_path / "run", layers=range(3))
+    write(run)
+    data = ModelCard.load(run / "README.md").data
+    assert (data.license, data.library_name, data.base_model) == ("mit", "transformers", "EleutherAI/pythia-410m")
+    assert data.tags == ["mechanistic-interpretability", "transcoding", "bilinear", "pythia", "mlp"]
+    assert data.datasets == ["monology/pile-uncopyrighted"]
+    assert data.model_name == "name"
+    mean = sum(final_fvu(layer) for layer in range(3)) / 3
+    metrics = {result.metric_type: result for result in data.eval_results}
+    assert metrics["fvu"].metric_value == pytest.approx(mean, abs=1e-6)
+    assert metrics["variance_explained"].metric_value == pytest.approx(1 - mean, abs=1e-6)
+    assert "held out" in metrics["fvu"].metric_name
+
+
+def test_all_sections_are_there_in_order(tmp_path: Path) -> None:
+    card = write(write_tiny_run(tmp_path / "run"))
+    assert re.findall(r"^## (.*)$", card, flags=re.MULTILINE) == SECTIONS
+    for name in SECTIONS:
+        assert len(section(card, name).split()) >= 4, name
+
+
+def test_layers_are_grouped_as_on_the_earlier_card(tmp_path: Path) -> None:
+    run = change_fvu(write_tiny_run(tmp_path / "run", layers=range(24)), EARLIER)
+    summary = section(write(run), "Performance summary")
+    rows = table(summary, "Layers")
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("0", "0.0075", "best"),
+        ("1–2", "0.1670–0.1740", "hardest: layer 2"),
+        ("3–22", "0.0370–0.0660", ""),
+        ("23", "0.0259", ""),
+        ("**average**", f"**{sum(EARLIER.values()) / 24:.4f}**", ""),
+    ]
+    assert [row[2] for row in rows][:3] == ["99.25%", "82.60–83.30%", "93.40–96.30%"]
+    full = table(summary, "Layer")
+    assert [row[:2] for row in full[:-1]] == [[str(layer), f"{fvu:.4f}"] for layer, fvu in EARLIER.items()]
+    assert summary.index("<details>") < summary.index("| Layer |") < summary.index("</details>")
+
+
+def test_groups_are_cut_at_missing_layers_and_at_a_factor_of_two() -> None:
+    assert like_layers({0: 1.0, 1: 2.0, 2: 2.1, 4: 2.1, 5: 0.9}) == [[0, 1], [2], [4], [5]]
+    assert like_layers({7: 0.0, 8: 0.0, 9: 0.1}) == [[7, 8], [9]]
+    assert layer_ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
+
+
+def test_every_relative_link_and_image_exists(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(8))
+    draw_figures(run)
+    card = write(run)
+    links = relative_links(card)
+    assert sorted(links) == sorted(
+        [
+            "figures/all_layers_comparison.png",
+            "figures/training_curves_overlaid_layers_0_5.png",
+            "figures/training_curves_overlaid_layers_6_7.png",
+            "recipe.yaml",
+        ]
+    )
+    assert all((run / link).is_file() for link in links)
+    for alt in re.findall(r"!\[(.*)\]\(", card):
+        assert len(alt.split()) > 12  # says what the figure shows
+    (run / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match=r"links to recipe\.yaml"):
+        check_card(card, run)
+    with pytest.raises(ValueError, match="not a Hub id"):
+        check_card(card.replace("license: mit", "license: mit\nbase_model: /home/me/base"), run)
+
+
+def test_no_figure_no_image(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    assert "![" not in write(run)
+
+
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_the_card_says_where_its_numbers_come_from(tmp_path: Path, evaluation: bool) -> None:
+    run = write_tiny_run(tmp_path / "run", evaluation=evaluation, steps=60)
+    card = write(run)
+    summary = section(card, "Performance summary")
+    fvu = float(table(summary, "Layer")[1][1])
+    if evaluation:
+        assert "Measured on held-out text: 65,536 tokens" in summary
+        assert "raining-batch numbers" not in card
+        assert fvu == pytest.approx(final_fvu(1), abs=1e-4)
+    else:
+        assert "training-batch numbers" in summary
+        assert "last 50 training batches" in summary
+        assert "Held-out" not in card
+        history = [final_fvu(1) + (0.9 - final_fvu(1)) * (1 - step / 59) ** 2 for step in range(60)]
+        assert fvu == pytest.approx(sum(history[10:]) / 50, abs=1e-4)
+        assert "has not been measured" in section(card, "Limits")
+
+
+def test_the_earlier_card_is_quoted_for_its_base_only(tmp_path: Path) -> None:
+    quoted = ("0.0657", "75 minutes a layer", "A100")
+    pythia = section(write(pythia_run(tmp_path / "pythia")), "Training details")
+    assert all(fact in pythia for fact in quoted)
+    assert "card of an earlier set" in pythia
+    other = write(change_settings(write_tiny_run(tmp_path / "other"), base="EleutherAI/pythia-70m"))
+    assert not any(fact in other for fact in quoted)
+    assert "  - pythia" in other or "- pythia\n" in other
+
+
+def test_the_earlier_cards_sentences_are_not_reused(tmp_path: Path) -> None:
+    run = pythia_run(tmp_path / "run", layers=range(24))
+    export_run(run, None)
+    words = re.findall(r"\w+", re.sub(r"```.*?```", "", write(run), flags=re.DOTALL))
+    text = " ".join(words).lower()
+    for sentence in (
+        "auxiliary models that learn to approximate",
+        "use a hadamard neural network architecture",
+        "dramatically easier to approximate",
+        "if you use these transcoders in your research",
+        "contain complex transformations",
+    ):
+        assert sentence not in text
+
+
+@pytest.mark.parametrize("local", ["/home/somebody/models/tiny-neox", "train/quickstart"])
+def test_a_local_base_has_no_link_and_no_hub_id(tmp_path: Path, local: str) -> None:
+    run = change_settings(write_tiny_run(tmp_path / "run"), base=local)
+    card = write(run)
+    data = ModelCard(card).data
+    assert data.base_model is None
+    assert data.datasets is None
+    assert "gpt_neox" in data.tags
+    assert f"huggingface.co/{local.lstrip('/')}" not in card
+    prose = re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+    assert prose.count(local) == 1  # where the reader is told that the snippet's path is of another machine
+
+
+def test_a_local_dataset_has_no_link(tmp_path: Path) -> None:
+    run = change_settings(pythia_run(tmp_path / "run"), dataset="/data/texts/*.jsonl")
+    evaluation = json.loads((run / "evaluation.json").read_text()) | {"dataset": "/data/texts/*.jsonl"}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = write(run)
+    data = ModelCard(card).data
+    assert data.datasets is None
+    assert re.fullmatch(r"[\w.-]+", data.eval_results[0].dataset_type)
+    assert "/data/texts" not in card
+    assert "huggingface.co/datasets" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("EleutherAI/pythia-410m", "pythia"),
+        ("EleutherAI/pythia-1.4b-deduped", "pythia"),
+        ("openai-community/gpt2", "gpt2"),
+        ("EleutherAI/gpt-neo-125m", "gpt-neo"),
+        ("meta-llama/Llama-3.2-1B", "llama"),
+        ("google/gemma-2-2b", "gemma"),
+    ],
+)
+def test_the_bases_family_is_a_tag(tmp_path: Path, name: str, family: str) -> None:
+    run = change_settings(write_tiny_run(tmp_path / "run", layers=(0,)), base=name)
+    data = ModelCard(write_model_card(run, repo_id=None, author=None).read_text()).data
+    assert data.tags[3] == family
+    assert data.base_model == name
+
+
+def test_a_subset_of_layers(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(1, 2, 6))
+    card = write(run)
+    assert "layers 1–2, 6 of" in card
+    assert "layers = [1, 2, 6]" in card
+    assert 'subfolder="layer_1"' in card
+    assert [row[0] for row in table(card, "Layer")] == ["1", "2", "6", "mean"]
+    assert "layer_2/ … layer_6/" in card
+    assert "layer 0" not in card
+
+
+def test_one_layer(tmp_path: Path) -> None:
+    card = write(write_tiny_run(tmp_path / "run", layers=(3,)))
+    assert "the MLP of layer 3" in card
+    assert [row[0] for row in table(card, "Layers")] == ["3"]
+    assert "**average**" not in card
+    assert "ExitStack" not in card
+    assert "All layers" not in card
+
+
+def test_the_printed_form_prints_its_own_formula(tmp_path: Path) -> None:
+    card = write(write_tiny_run(tmp_path / "run", form="input_sum", n_inputs=8, n_hidden=16))
+    architecture = section(card, "Architecture")
+    assert "W_left( (Σᵢ x̂ᵢ) · W_right(x̂) )" in architecture
+    assert f"{8 * 16 + 16 * 8 + 8:,}" in architecture
+    assert "head" not in architecture
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", n_inputs=8, n_hidden=16)
+    assert f"| Parameters a layer | {2 * (8 * 16 + 16) + 16 * 8 + 8} |" in write(run)
+
+
+def test_training_details_are_those_recorded(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", steps=5)
+    fit = {"steps": 5, "tokens": 20480, "seconds": 814, "device": "NVIDIA H100", "processes": 2, "dtype": "bfloat16"}
+    rows = dict(table(section(write(change_settings_fit(run, fit)), "Training details"), "Setting"))
+    assert rows["Wall time"] == "13.6 minutes for all layers together, as measured"
+    assert rows["Device"] == "2 × NVIDIA H100, computing in bfloat16"
+    assert rows["Batch"] == "32 sequences of 128 tokens (4,096 rows)"
+    assert rows["Tokens"] == "20,480"
+    assert rows["Optimiser"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.02")
+    unmeasured = dict(table(section(write(change_settings_fit(run, {"steps": 5})), "Training details"), "Setting"))
+    assert not {"Wall time", "Device", "Software"} & set(unmeasured)
+
+
+def change_settings_fit(run: Path, fit: dict[str, Any]) -> Path:
+    for path in run.glob("layer_*/config.yaml"):
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"fit": fit}))
+    return run
+
+
+def test_durations_are_in_the_unit_one_would_say() -> None:
+    assert [format_duration(s) for s in (3.21, 119, 150, 8000)] == [
+        "3.2 seconds",
+        "119.0 seconds",
+        "2.5 minutes",
+        "2.2 hours",
+    ]
+    assert [format_fvu(v) for v in (0.0, 0.00012, 0.0075, 0.5)] == ["0.0000", "1.2e-04", "0.0075", "0.5000"]
+
+
+def test_pt_checkpoints_are_described_where_they_are(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", steps=4)
+    assert "model_state_dict" not in write(run)
+    export_run(run, None)
+    card = write(run)
+    contents = section(card, "Checkpoint contents")
+    assert "transcoder_weights_l0_bilinear_muon_4b.pt" in contents
+    written = torch.load(run / "layer_0" / "transcoder_weights_l0_bilinear_muon_4b.pt")
+    for key in written:
+        assert f"`{key}`" in contents
+    assert "transcoder_weights_l0_bilinear_muon_4b.pt" in section(card, "Repository structure")
+
+
+def results(fvu: list[float], **scores: list[float]) -> Results:
+    layers = {
+        layer: {"fvu": value, "variance_explained": 1 - value} | {k: v[layer] for k, v in scores.items()}
+        for layer, value in enumerate(fvu)
+    }
+    return Results(True, layers, {}, "text", "validation", 100, 3.0)
+
+
+def test_findings_follow_from_the_numbers() -> None:
+    sentences = findings(results([0.2, 0.1, 0.4, 0.3, 0.3, 0.3], fvu_linear=[0.4, 0.3, 0.6, 0.6, 0.8, 0.6]))
+    assert "Layer 1 is the easiest" in sentences[0]
+    assert "layer 2 the hardest" in sentences[0]
+    assert "4.0 times as much" in sentences[0]
+    assert "Layers 2–5 are alike" in sentences[1]
+    assert "0.1500 over layers 0–1, 0.3500 over layers 2–3 and 0.3000 over layers 4–5" in sentences[2]
+    assert "is 0.5500, the bilinear transcoder's is 0.2667, 2.1 times lower" in sentences[3]
+    assert "smallest at layer 2 (a factor of 1.5) and largest at layer 1 (3.0)" in sentences[3]
+    assert len(sentences) == 4
+
+
+def test_findings_own_up_to_layers_where_a_line_does_as_well() -> None:
+    assert "as good or better at layers 0" in findings(results([0.3, 0.1], fvu_linear=[0.2, 0.3]))[-1]
+    worse = findings(results([0.3, 0.3], fvu_linear=[0.2, 0.2]))[-1]
+    assert "lower" not in worse
+    assert "layers 0–1" in worse
+
+
+def test_the_costliest_layer_need_not_be_the_hardest() -> None:
+    other = findings(results([0.1, 0.2], ce_increase=[0.05, 0.01]))[-1]
+    assert "by 0.0100 (layer 1) to 0.0500 (layer 0)" in other
+    assert "not layer 1, the one with the highest FVU" in other
+    assert "also the one with the highest FVU" in findings(results([0.1, 0.2], ce_increase=[0.01, 0.05]))[-1]
+
+
+def test_citation_names_author_and_url(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    citation = section(write(run, "some_one/set", "A & B"), "Citation")
+    assert r"author    = {A \& B}" in citation
+    assert "url       = {https://huggingface.co/some_one/set}" in citation
+    assert r"author    = {some\_one}" in section(write(run, "some_one/set", None), "Citation")
+    nobody = section(write(run, None, None), "Citation")
+    assert "author" not in nobody
+    assert "url" not in nobody
+
+
+def test_writing_again_gives_the_same_card(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(2))
+    draw_figures(run)
+    assert write(run) == write(run)
+    assert not list(run.glob(".*"))
+
+
+@pytest.fixture
+def spliced(tmp_path: Path) -> tuple[Path, Path]:
+    """A run, and a base on disk that it fits: three layers of width 8."""
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    config = GPTNeoXConfig(
+        vocab_size=300,
+        hidden_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    GPTNeoXForCausalLM(config).half().save_pretrained(base)  # as Pythia is on the Hub
+    vocabulary = {letter: i for i, letter in enumerate(["<eos>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", model_input_names=["input_ids", "attention_mask"]
+    ).save_pretrained(base)
+    run = change_settings(write_tiny_run(tmp_path / "run", layers=range(3)), base=str(base))
+    return run, base
+
+
+def test_the_snippets_run_as_printed(
+    spliced: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, base = spliced
+    card = write(run, repo_id=None)
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(snippets) == 3
+    monkeypatch.chdir(run)
+    capsys.readouterr()
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    printed = capsys.readouterr().out.splitlines()
+
+    model = AutoModelForCausalLM.from_pretrained(base).float()
+    inputs = AutoTokenizer.from_pretrained(base)(names["tokenizer"].decode(names["inputs"]["input_ids"][0]))
+    ids = names["inputs"]["input_ids"]
+    assert len(inputs["input_ids"]) >= ids.shape[1] > 20
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+    loss = -logits.gather(1, ids[0, 1:, None]).mean().item()
+    assert re.fullmatch(r"FVU on this sentence: \d+\.\d{4}", printed[0])
+    assert float(printed[1].split()[1].rstrip(",")) == pytest.approx(loss, abs=1e-3)
+    replaced = float(printed[1].split()[-1])
+    assert replaced != pytest.approx(loss, abs=1e-3)
+    everything = float(printed[2].split()[-1])
+    assert everything not in (pytest.approx(loss, abs=1e-3), pytest.approx(replaced, abs=1e-3))
+    eigenvalues = ast.literal_eval(printed[3].split(": ")[1])
+    assert [abs(v) for v in eigenvalues] == sorted((abs(v) for v in eigenvalues), reverse=True)
+
+
+def test_the_fvu_that_the_snippet_prints(spliced: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, base = spliced
+    snippet = re.search(r"```python\n(.*?)```", write(run, repo_id=None), flags=re.DOTALL)[1]
+    monkeypatch.chdir(run)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model = AutoModelForCausalLM.from_pretrained(base).float()
+    model.gpt_neox.layers[0].mlp.register_forward_hook(lambda _m, i, o: seen.append((i[0], o)))
+    with torch.no_grad():
+        model(input_ids=names["inputs"]["input_ids"])
+    ((x, y),) = seen
+    torch.testing.assert_close(names["x"], x)
+    torch.testing.assert_close(names["y"], y)
+    assert read_results(run).held_out
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no layer_\* folder"):
+        write_model_card(tmp_path, repo_id=None, author=None)
+    run = write_tiny_run(tmp_path / "run")
+    (run / "layer_0" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not readable"):
+        write_model_card(run, repo_id=None, author=None)
+    assert not (run / "README.md").exists()
