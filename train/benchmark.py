@@ -273,9 +273,8 @@ def main() -> None:
     fitter.timer = timer
     time_steps(fitter, batches)
     flops = count_flops(recipe, base, config)
-    print(
-        f"\na step: {seconds:.3f} s, {flops.total / seconds / 1e12:.3f} TFLOP/s, {flops.total / seconds / rate:.0%} of it"
-    )
+    achieved = flops.total / seconds
+    print(f"\na step: {seconds:.3f} s, {achieved / 1e12:.3f} TFLOP/s, {achieved / rate:.0%} of the product's")
     counted = {"base": flops.base, "transcoders": flops.transcoders, "optimizer": flops.muon}
     total = sum(median(timer.seconds[phase][2:]) for phase in PHASES)
     print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")

@@ -1,0 +1,237 @@
+"""The card's recipe, ours and the closed form alone at equal tokens, on one base and one text, in one run.
+
+    python train/compare.py --recipe quickstart --steps 1000
+
+prints held-out FVU of every layer and the tokens that ours needs to reach the card recipe's final FVU, and draws
+the curves. `--harden 5` scales the MLPs' pre-activations up and their outputs back down: activations nearer to a
+ReLU, as in bigger models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.batches import calibration_batches, open_batches, open_held_out
+from bilinear_tc.train.command import command_line, start_accelerator
+from bilinear_tc.train.fitter import Fitter, compute_dtype
+from bilinear_tc.train.moments import fvu
+from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
+from bilinear_tc.train.run import written_whole
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+
+# What the card's recipe sets differently; text, packing and batch are the same for both.
+CARD_SETTINGS = (
+    "init",
+    "optimizer",
+    "lr",
+    "bias_lr",
+    "lr_schedule",
+    "momentum",
+    "weight_decay",
+    "normalization",
+    "hidden_multiplier",
+    "final_solve_tokens",
+)
+SHORT_FITS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5)
+
+
+@dataclass
+class ComparisonSettings:
+    """What to compare on."""
+
+    recipe: str = field(default="quickstart", metadata={"help": "Our recipe: its base, text and settings."})
+    steps: int = field(default=1000, metadata={"help": "Optimiser steps of the card's recipe."})
+    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step; the recipe's where left out."})
+    base: str | None = field(default=None, metadata={"help": "Another base."})
+    dataset: str | None = field(default=None, metadata={"help": "Another text."})
+    harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
+    eval_tokens: int = field(default=131072, metadata={"help": "Held-out tokens."})
+    points: int = field(default=20, metadata={"help": "Points on each curve."})
+    output_dir: str = field(default="runs/comparison", metadata={"help": "Where the figures and the JSON go."})
+
+
+@dataclass
+class Curve:
+    """Held-out FVU [layers] after some numbers of tokens, those of the calibration sample included."""
+
+    tokens: list[int] = field(default_factory=list)
+    fvu: list[list[float]] = field(default_factory=list)
+
+    def add(self, tokens: int, figures: Tensor) -> None:
+        self.tokens.append(tokens)
+        self.fvu.append(figures.tolist())
+
+    @property
+    def final(self) -> list[float]:
+        return self.fvu[-1]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.final) / len(self.final)
+
+
+@torch.no_grad()
+def harden(base: Base, factor: float) -> None:
+    """Scales the pre-activations of every two-matrix MLP up, and its outputs down, by the same factor."""
+    for layer in range(base.num_layers):
+        mlp = base.mlp(layer)
+        names = list(linear_maps(mlp))
+        if len(names) != 2:
+            raise ValueError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(names)}")
+        first, last = (mlp.get_submodule(name) for name in names)
+        first.weight.mul_(factor)
+        first.bias.mul_(factor)
+        last.weight.div_(factor)
+
+
+@torch.no_grad()
+def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None) -> Tensor:
+    """FVU [layers] of the transcoders as they stand, on the first rows."""
+    fitter.stack.set_statistics()
+    figures = []
+    for x, y, transcoder in zip(held_out.x, held_out.y, fitter.stack.transcoders, strict=True):
+        x, y = x[:rows].float(), y[:rows].float()
+        errors = sum(
+            (b - transcoder(a)).square().sum(0, dtype=torch.float64)
+            for a, b in zip(x.split(8192), y.split(8192), strict=True)
+        )
+        figures.append(fvu(errors, held_out._moments_of(y)))
+    return torch.stack(figures).cpu()
+
+
+def run_recipe(
+    recipe: Recipe, base: Base, held_out: Activations, accelerator: Accelerator, name: str, points: int
+) -> Curve:
+    """Fits a recipe, measuring on held-out text as it goes."""
+    curve = Curve()
+    with open_batches(recipe, base.tokenizer, accelerator) as text:
+        fitter = Fitter(recipe, base, accelerator)
+        tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
+        every = max(1, recipe.max_steps // max(points, 1))
+        for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):
+            if points and step % every == 0:
+                curve.add(tokens, held_out_fvu(fitter, held_out, rows=16384))
+            tokens += fitter.step(next(text), step)[2]
+        tokens += fitter.finish()
+        curve.add(tokens, held_out_fvu(fitter, held_out))
+    return curve
+
+
+def shorter(recipe: Recipe, tokens: int) -> Recipe | None:
+    """The recipe with as many steps as these tokens pay for, after calibration; None where they pay for none."""
+    rows = recipe.batch_size * recipe.seq_len
+    init_tokens = min(recipe.init_tokens, tokens // 2 // rows * rows)
+    steps = (tokens - init_tokens) // rows
+    if init_tokens < rows or steps < 1:
+        return None
+    return dataclasses.replace(recipe, init_tokens=init_tokens, max_steps=steps)
+
+
+def draw(curves: dict[str, Curve], path: Path, title: str) -> None:
+    """Mean held-out FVU over tokens, log scale."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=False):
+        mean = [sum(row) / len(row) for row in curve.fvu]
+        marker = "o" if len(mean) == 1 else None
+        axes.plot(curve.tokens, mean, style, marker=marker, label=f"{name}: {curve.mean:.4f}")
+    axes.set(yscale="log", xlabel="tokens, calibration included", ylabel="mean held-out FVU", title=title)
+    axes.set_ylim(top=1)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
+    """Runs the comparison and prints, writes and draws it."""
+    ours = Recipe(**read_settings(recipe_file(settings.recipe)))
+    ours = dataclasses.replace(
+        ours,
+        base=settings.base or ours.base,
+        dataset=settings.dataset or ours.dataset,
+        batch_size=settings.batch_size or ours.batch_size,
+        eval_tokens=settings.eval_tokens,
+    )
+    card_file = Recipe(**read_settings(recipe_file("pythia-410m-card")))
+    card = dataclasses.replace(
+        ours, max_steps=settings.steps, **{name: getattr(card_file, name) for name in CARD_SETTINGS}
+    )
+    rows = ours.batch_size * ours.seq_len
+    budget = settings.steps * rows
+    full = shorter(ours, budget)
+
+    device = accelerator.device
+    base = Base.load(ours.base, revision=ours.base_revision, device=device, dtype=compute_dtype(ours, device))
+    if settings.harden != 1:
+        harden(base, settings.harden)
+    held_out = Activations(base, settings.eval_tokens, device=device, dtype=compute_dtype(ours, device))
+    with open_held_out(ours, base.tokenizer, accelerator, settings.eval_tokens // ours.seq_len) as text:
+        held_out.fill(next(text), ours.batch_size)
+
+    curves = {
+        "card's recipe": run_recipe(card, base, held_out, accelerator, "card's recipe", settings.points),
+        "ours": run_recipe(full, base, held_out, accelerator, "ours", settings.points),
+        "closed form alone": run_recipe(
+            dataclasses.replace(full, max_steps=0), base, held_out, accelerator, "closed form", 0
+        ),
+    }
+    card_curve, our_curve, closed_curve = curves.values()
+    short = Curve()
+    for share in SHORT_FITS:
+        recipe = shorter(ours, int(share * budget))
+        if recipe is None:
+            continue
+        curve = run_recipe(recipe, base, held_out, accelerator, f"ours, {share:.1%} of the tokens", 0)
+        short.add(curve.tokens[-1], torch.tensor(curve.final))
+        if short.mean <= card_curve.mean:
+            break
+    curves["ours, shorter fits"] = short
+
+    print(f"\n{ours.base}, pre-activations × {settings.harden:g}, {settings.steps} steps of {rows:,} rows")
+    print(f"held-out FVU on {held_out.rows:,} tokens of {ours.dataset} ({ours.eval_split})\n")
+    print(f"{'layer':>5}  {'card':>8}  {'ours':>8}  {'ratio':>6}  {'closed form':>11}")
+    final = [*zip(card_curve.final, our_curve.final, closed_curve.final, strict=True)]
+    means = (card_curve.mean, our_curve.mean, closed_curve.mean)
+    for name, (a, b, c) in [*zip(base.layers, final, strict=True), ("mean", means)]:
+        print(f"{name:>5}  {a:8.4f}  {b:8.4f}  {b / a:6.2f}  {c:11.4f}")
+    reached = short.mean <= card_curve.mean
+    print(
+        f"\nat equal tokens ours is {1 - our_curve.mean / card_curve.mean:.1%} below the card's recipe; "
+        f"{sum(b <= a for a, b, _ in final)} of {len(final)} layers at or below it\n"
+        + (
+            f"the card recipe's final mean FVU is reached with {short.tokens[-1] / budget:.1%} of its tokens "
+            f"({short.mean:.4f} after {short.tokens[-1]:,})"
+            if reached
+            else f"no shorter fit reached the card recipe's final mean FVU (best {short.mean:.4f})"
+        )
+    )
+    folder = Path(settings.output_dir)
+    with written_whole(folder) as scratch:
+        name = f"{Path(ours.base).name}_x{settings.harden:g}"
+        draw(curves, scratch / f"{name}.png", f"{ours.base}, pre-activations × {settings.harden:g}")
+        results = {"settings": dataclasses.asdict(settings), "curves": {k: vars(v) for k, v in curves.items()}}
+        (scratch / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote {folder / name}.png and .json")
+
+
+def main() -> None:
+    (settings,) = HfArgumentParser(ComparisonSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    compare(settings, start_accelerator())
+
+
+if __name__ == "__main__":
+    command_line(main)
