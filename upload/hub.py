@@ -180,14 +180,13 @@ class HubRepository:
         refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id))
         return {tag.name: tag.target_commit for tag in refs.tags}
 
-    def find(self, local: Mapping[str, LocalFile], parent: str, *, pull_requests: bool) -> State | None:
-        """A state that holds the set already: the branch itself, or a pull request that grew from `parent`."""
+    def find_on_branch(self, local: Mapping[str, LocalFile]) -> State | None:
+        """The state of the branch, if it holds the set."""
         head = self.head()
-        if head and not compare(local, self.files(head)):
-            return State(head, self.url)
-        return self._find_pull_request(local, parent) if pull_requests else None
+        return State(head, self.url) if head and not compare(local, self.files(head)) else None
 
-    def _find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
+    def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
+        """The newest pull request that grew from `parent` and holds the set."""
         refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
         for pull_request in reversed(refs.pull_requests or []):
             commit = pull_request.target_commit
@@ -246,8 +245,10 @@ class HubRepository:
 
             def commit() -> State:
                 nonlocal tried
-                if tried and (made := self.find(local, parent, pull_requests=create_pr)):
-                    return made
+                if tried:
+                    made = self.find_pull_request(local, parent) if create_pr else self.find_on_branch(local)
+                    if made:
+                        return made
                 tried = True
                 info = self.api.create_commit(
                     self.repo_id, operations, commit_message=message, parent_commit=parent, **options

@@ -115,13 +115,15 @@ def bring_up_to_date(
 ) -> State:
     """Makes the Hub hold the set, unless it does already."""
     parent = hub.ensure(private=settings.private)
-    state = hub.find(local, parent, pull_requests=settings.create_pr)
+    changes = compare(local, hub.files(parent))
+    state = State(parent, hub.url) if not changes else None
+    if changes and settings.create_pr:
+        state = hub.find_pull_request(local, parent)
     if state:
         print(f"{settings.repo_id} holds this set already, at {state.commit[:12]}: nothing was uploaded")
         return state
     if settings.tag and settings.tag in hub.tags():
         raise RuntimeError(f"{settings.repo_id} has a tag {settings.tag} already: choose another with --tag")
-    changes = compare(local, hub.files(parent))
     message = settings.message or f"Publish {counted(len(layers), 'bilinear transcoder')}"
     state = hub.publish(local, changes, parent=parent, message=message, create_pr=settings.create_pr)
     print(f"published as {state.commit[:12]}: {summary(changes)}")
