@@ -8,8 +8,24 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.text import Documents
+from bilinear_tc.train.text import Documents, TextError
 from bilinear_tc.train.tokens import SharedBatches, TokenBatch, TokenBatches
+
+
+def check_text(recipe: Recipe) -> None:
+    """Raises TextError where the text to fit on, or the text held out, cannot be had: before the base is loaded."""
+    _documents(recipe, recipe.split)
+    if recipe.eval_split is None:
+        return
+    if recipe.eval_split == recipe.split:
+        raise TextError(
+            f"the fit is on the split {recipe.split!r}, and so is eval_split: name a held-out one, or none to measure "
+            "nothing"
+        )
+    try:
+        _documents(recipe, recipe.eval_split)
+    except TextError as error:
+        raise TextError(f"no held-out text: {error}; name another --eval_split, or none to measure nothing") from error
 
 
 def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> SharedBatches:
@@ -36,7 +52,7 @@ def _open(
     batches = None
     if accelerator.is_main_process:
         batches = TokenBatches(
-            Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column),
+            _documents(recipe, split),
             tokenizer,
             seq_len=recipe.seq_len,
             batch_size=batch_size,
@@ -48,6 +64,10 @@ def _open(
             epochs=epochs,
         )
     return SharedBatches(batches, accelerator)
+
+
+def _documents(recipe: Recipe, split: str) -> Documents:
+    return Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column)
 
 
 def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:

@@ -28,6 +28,8 @@ from bilinear_tc.train.base import Base, base_location
 from bilinear_tc.train.batches import open_batches
 from bilinear_tc.train.command import command_line, start_accelerator
 from bilinear_tc.train.fitter import CARD_BETAS, Fitter, compute_dtype, make_transcoders
+from bilinear_tc.train.muon import flops as muon_flops
+from bilinear_tc.train.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
 from bilinear_tc.train.stack import squared_error
 from bilinear_tc.train.tokens import TokenBatch
@@ -109,24 +111,15 @@ def transcoder_flops(n_inputs: int, n_hidden: int, n_outputs: int, tokens: int) 
     return 2.0 * tokens * (2 * weights + n_hidden * n_outputs)
 
 
-def newton_schulz_flops(rows: int, cols: int, *, gram: bool) -> float:
-    """Five steps on one matrix. Plain, a step is X·Xᵀ, its square and a product with X. In the Gram form those with X
-    are two at each of two stretches (of three steps and of two), and all others are on the small side."""
-    small, large = sorted((rows, cols))
-    if not gram:
-        return 5 * (4.0 * small * small * large + 2.0 * small**3)
-    small_products = (1 + 2 + 1 + 2 + 1 + 1) + (1 + 2 + 1 + 1)  # squares, G updates and polynomial products
-    return 2 * 4.0 * small * small * large + small_products * 2.0 * small**3
-
-
 def count_flops(recipe: Recipe, base: Base, config: GPTNeoXConfig) -> FlopCount:
     """What one step of the fit has to compute."""
     tokens, layers = recipe.batch_size * recipe.seq_len, len(base.layers)
+    muon_dtype = newton_schulz_dtype(torch.empty(0, device=base.model.device))
     hidden = recipe.n_hidden(base.n_inputs)
     return FlopCount(
         base_flops(config, base.layers[-1] + 1, tokens, recipe.seq_len, lm_head=False),
         layers * transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens),
-        layers * 3 * newton_schulz_flops(hidden, base.n_inputs, gram=True),
+        layers * 3 * muon_flops(hidden, base.n_inputs, restart=restart_interval(hidden, base.n_inputs, muon_dtype)),
     )
 
 
@@ -303,7 +296,7 @@ def main() -> None:
     baseline_flops = len(layers) * (
         base_flops(config, config.num_hidden_layers, tokens, recipe.seq_len, lm_head=True)
         + transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens)
-        + 3 * newton_schulz_flops(hidden, base.n_inputs, gram=False)
+        + 3 * muon_flops(hidden, base.n_inputs)
     )
     print(
         f"\nlayer at a time, timed on {count} of {len(layers)} layers: {one_layer:.3f} s a step a layer, "

@@ -1,80 +1,102 @@
-"""Training state on disk: written aside and renamed, the last two kept, the newest one found again."""
+"""Training state on disk: each checkpoint whole or absent, the last two kept, the newest one found again."""
 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
+
+from bilinear_tc.train.processes import on_main
 
 KEPT = 2
 
 
+class Stateful(Protocol):
+    """What a checkpoint can hold: an object whose state is of tensors, numbers, strings, lists and dicts."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Checkpoints:
-    """The checkpoints of one run, `checkpoints/step_000100` and so on; each is whole or not there.
+    """The checkpoints of one run: `checkpoints/step_00000100.pt` and so on.
+
+    The main process writes them and every process reads them, so several machines must share the run's folder.
 
     Args:
-        folder: the run.
-        accelerator: saves and loads the states, with `Accelerator.save_state`, on all processes together.
-        states: objects with `state_dict` and `load_state_dict`, in a fixed order.
+        run: the run's folder.
+        accelerator: the processes.
+        states: what a checkpoint holds, by name; the main process's state must do for all of them.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, *states: Any) -> None:
-        self.folder = folder / "checkpoints"
+    def __init__(self, run: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> None:
+        self.folder = run / "checkpoints"
         self.accelerator = accelerator
-        accelerator.register_for_checkpointing(*states)
-
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        return max(self.folder.glob("step_*"), default=None)
+        self.states = states
 
     def save(self, step: int) -> None:
-        """Writes the state after `step` steps.
+        """Writes the state after `step` steps; for all processes together.
 
         Raises:
-            OSError: where it cannot be written, a full disk for one; the checkpoints before it are as they were.
+            OSError: where it cannot be written, as on a full disk; the checkpoints before it are as they were.
         """
-        final = self.folder / f"step_{step:08d}"
-        scratch = self.folder / f".{final.name}"
-        main = self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(scratch, ignore_errors=True)
-        failure: Exception | None = None
+        on_main(self.accelerator, lambda: self._write(self.folder / f"step_{step:08d}.pt"))
+
+    def load_newest(self) -> bool:
+        """Puts the newest checkpoint's states back; returns False where there is none.
+
+        Raises:
+            OSError: where it cannot be read.
+        """
+        newest = on_main(self.accelerator, lambda: next(reversed(_oldest_first(self.folder)), None))
+        if newest is None:
+            return False
         try:
-            if main:
-                scratch.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(scratch))
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            failure = error
-        self._raise_together(failure, step, scratch)
-        if main:
-            if final.exists():  # the state of the same step, saved before this process was resumed
-                shutil.rmtree(final)
-            os.rename(scratch, final)
-            for old in sorted(self.folder.glob("step_*"))[:-KEPT]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+            saved = torch.load(newest, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise OSError(
+                f"the checkpoint {newest} cannot be read ({_reason(error)}): delete it to go on from the one before, "
+                "or start anew with --no_resume"
+            ) from error
+        for name, state in self.states.items():
+            state.load_state_dict(saved[name])
+        return True
 
-    def load(self, checkpoint: Path) -> None:
-        """Puts the registered states back."""
-        self.accelerator.load_state(str(checkpoint))
+    def _write(self, path: Path) -> None:
+        scratch = path.with_name(f".{path.name}.partial")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with scratch.open("wb") as file:
+                torch.save({name: state.state_dict() for name, state in self.states.items()}, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a rename may outlive a power failure and the bytes not
+            os.replace(scratch, path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+            scratch.unlink(missing_ok=True)
+            newest = newest_step(self.folder.parent)
+            raise OSError(
+                f"the checkpoint {path} could not be written ({_reason(error)}): "
+                + ("there is no earlier one" if newest is None else f"that of step {newest} is whole")
+                + "; make room on the disk and run the same command to go on"
+            ) from error
+        for old in _oldest_first(self.folder)[:-KEPT]:
+            old.unlink()
 
-    def _raise_together(self, failure: Exception | None, step: int, scratch: Path) -> None:
-        """Raises on every process if writing failed on any, so that none waits for another."""
-        import torch
 
-        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-        if not self.accelerator.reduce(failed).item():
-            return
-        if self.accelerator.is_main_process:
-            shutil.rmtree(scratch, ignore_errors=True)
-        newest = self.newest()
-        kept = f"the newest whole checkpoint is {newest.name}" if newest else "there is no earlier checkpoint"
-        reason = " ".join(str(failure or "another process failed").split())[:200]
-        raise OSError(
-            f"the checkpoint of step {step} could not be written to {self.folder} ({reason}): {kept}; free some disk "
-            "space and run the same command to resume"
-        ) from failure
+def newest_step(run: Path) -> int | None:
+    """The step of a run's newest checkpoint, or None where it has none."""
+    checkpoints = _oldest_first(run / "checkpoints")
+    return int(checkpoints[-1].stem.removeprefix("step_")) if checkpoints else None
+
+
+def _oldest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*.pt"))
+
+
+def _reason(error: BaseException) -> str:
+    """An exception's message on one line, cut short: torch's own hold a trace."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

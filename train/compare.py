@@ -41,10 +41,10 @@ CARD_SETTINGS = (
     "bias_lr",
     "lr_schedule",
     "momentum",
+    "newton_schulz",
     "weight_decay",
     "normalization",
     "hidden_multiplier",
-    "final_solve_tokens",
 )
 SHORT_FITS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5)
 
@@ -126,7 +126,6 @@ def run_recipe(
             if points and step % every == 0:
                 curve.add(tokens, held_out_fvu(fitter, held_out, rows=16384))
             tokens += fitter.step(next(text), step)[2]
-        tokens += fitter.finish()
         curve.add(tokens, held_out_fvu(fitter, held_out))
     return curve
 

@@ -7,126 +7,58 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 
 from __future__ import annotations
 
-import signal
-import time
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
 from tqdm import tqdm
 
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.batches import calibration_batches, open_batches
-from bilinear_tc.train.checkpoint import Checkpoints
+from bilinear_tc.train.batches import calibration_batches, check_text, open_batches
+from bilinear_tc.train.checkpoint import Checkpoints, newest_step
 from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.evaluate import evaluate_fit, fit_table
+from bilinear_tc.train.evaluate import evaluate_fit, fit_table, list_layers
 from bilinear_tc.train.fitter import Fitter, compute_dtype
+from bilinear_tc.train.processes import StopRequest, on_main
+from bilinear_tc.train.progress import Progress
 from bilinear_tc.train.recipe import Recipe, parse_recipe
-from bilinear_tc.train.run import FitFacts, prepare_run, write_layer
-from bilinear_tc.train.tokens import SharedBatches
-
-
-class Progress:
-    """How far a fit has come: steps, tokens, wall time, and the history of each layer's error.
-
-    Attributes:
-        figures: [max_steps, layers, 2] mean squared error and FVU, float64.
-        tokens: [max_steps] tokens read up to and including each step, the calibration sample among them.
-    """
-
-    def __init__(self, max_steps: int, layers: int) -> None:
-        self.steps = 0
-        self.tokens_read = 0
-        self.seconds = 0.0
-        self.figures = torch.zeros(max_steps, layers, 2, dtype=torch.float64)
-        self.tokens = torch.zeros(max_steps, dtype=torch.int64)
-        self._resumed_at = time.perf_counter()
-
-    def add(self, mse: torch.Tensor, fvu: torch.Tensor, rows: int) -> None:
-        self.tokens_read += rows
-        self.figures[self.steps] = torch.stack([mse, fvu], dim=-1)
-        self.tokens[self.steps] = self.tokens_read
-        self.steps += 1
-
-    def history(self, layer: int) -> dict[str, list]:
-        """The columns of a layer's history.parquet."""
-        mse, fvu = self.figures[: self.steps, layer].unbind(-1)
-        return {
-            "step": list(range(1, self.steps + 1)),
-            "tokens": self.tokens[: self.steps].tolist(),
-            "mse": mse.tolist(),
-            "variance_explained": (1 - fvu).tolist(),
-            "fvu": fvu.tolist(),
-        }
-
-    def wall_time(self) -> float:
-        """Seconds of fitting so far, over all resumes."""
-        return self.seconds + time.perf_counter() - self._resumed_at
-
-    def state_dict(self) -> dict[str, object]:
-        return {
-            "steps": self.steps,
-            "tokens_read": self.tokens_read,
-            "seconds": self.wall_time(),
-            "figures": self.figures[: self.steps].clone(),
-            "tokens": self.tokens[: self.steps].clone(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.steps, self.tokens_read, self.seconds = state["steps"], state["tokens_read"], state["seconds"]
-        self.figures[: self.steps], self.tokens[: self.steps] = state["figures"], state["tokens"]
-        self._resumed_at = time.perf_counter()
-
-
-class StopRequest:
-    """Notices SIGTERM and SIGINT, so that a step ends and is saved before the process does."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.received = number
-
-    def __bool__(self) -> bool:
-        """Whether any process has been asked to stop; the same answer on all of them."""
-        if self.accelerator.num_processes == 1:
-            return bool(self.received)
-        flag = torch.tensor(float(bool(self.received)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag).item())
-
-
-def export(folder: Path, recipe: Recipe, fitter: Fitter, progress: Progress) -> None:
-    """Writes every layer as it stands into the run."""
-    accelerator = fitter.accelerator
-    if not accelerator.is_main_process:
-        return
-    fitter.stack.set_statistics()
-    device = accelerator.device
-    on_gpu = device.type == "cuda"
-    facts = FitFacts(
-        steps=progress.steps,
-        tokens=progress.tokens_read,
-        seconds=round(progress.wall_time(), 1),
-        device=torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
-        processes=accelerator.num_processes,
-        dtype=str(fitter.stack.dtype).removeprefix("torch."),
-    )
-    for index, transcoder in enumerate(fitter.stack.transcoders):
-        write_layer(folder, transcoder, progress.history(index), recipe, facts)
+from bilinear_tc.train.run import FitFacts, exported_step, prepare_run, write_layers
+from bilinear_tc.train.text import TextError
+from bilinear_tc.train.trackers import check_tracker, tracked
 
 
 def fit(recipe: Recipe) -> None:
     """Runs a recipe to its end, from wherever its run stands."""
-    folder = Path(recipe.output_dir)
-    log_with = None if recipe.report_to == "none" else recipe.report_to
-    accelerator = start_accelerator(log_with=log_with, project_dir=str(folder))
+    run = Path(recipe.output_dir)
+    check_tracker(recipe.report_to)
+    accelerator = start_accelerator(
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_config=ProjectConfiguration(str(run), logging_dir=str(run / "checkpoints" / "logs")),
+    )
+    on_main(accelerator, lambda: prepare_run(run, recipe))
+    if not on_main(accelerator, lambda: is_finished(run, recipe)):
+        on_main(accelerator, lambda: check_text(recipe))
+        base = load_base(recipe, accelerator)
+        fit_layers(run, recipe, base, accelerator)
+        if recipe.eval_split is not None:
+            evaluate_fit(run, recipe, base, accelerator)
     if accelerator.is_main_process:
-        prepare_run(folder, recipe)
-    accelerator.wait_for_everyone()
-    stop = StopRequest(accelerator)
+        print_result(run, recipe)
+    accelerator.state.destroy_process_group()
+
+
+def is_finished(run: Path, recipe: Recipe) -> bool:
+    """Whether the run holds everything that its recipe asks for."""
+    fitted = newest_step(run) == exported_step(run) == recipe.max_steps
+    return fitted and (recipe.eval_split is None or (run / "evaluation.json").is_file())
+
+
+def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
+    """The recipe's base, as far as the last layer asked for."""
     device = accelerator.device
     base = Base.load(
         recipe.base,
@@ -137,83 +69,120 @@ def fit(recipe: Recipe) -> None:
     )
     recipe.n_hidden(base.n_inputs)
     base.stop_after_last_layer()
-    with open_batches(recipe, base.tokenizer, accelerator) as batches:
+    return base
+
+
+def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
+    """Fits from the newest checkpoint, or from the start, to the last step, and leaves every layer in the run.
+
+    Raises:
+        TextError: where the text fails; all steps before are saved.
+        FloatingPointError: on a NaN; the run holds the layers as they were before it, the checkpoints stay.
+        InterruptedError: where the process was asked to stop; all steps are saved.
+        OSError: where the disk is full; the checkpoints written before stay.
+    """
+    with open_batches(recipe, base.tokenizer, accelerator) as batches, tracked(accelerator, recipe.to_dict()):
         fitter = Fitter(recipe, base, accelerator)
         progress = Progress(recipe.max_steps, len(base.layers))
-        checkpoints = Checkpoints(folder, accelerator, fitter, progress, batches)
-        if newest := checkpoints.newest():
-            checkpoints.load(newest)
-            accelerator.print(f"resuming {folder} after step {progress.steps} of {recipe.max_steps}")
-        elif recipe.init == "mlp":
-            progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
-        run_steps(recipe, folder, accelerator, fitter, progress, checkpoints, batches, stop)
-    finish(recipe, folder, accelerator, base)
+        checkpoints = Checkpoints(run, accelerator, {"fitter": fitter, "progress": progress, "text": batches})
 
+        def export() -> None:
+            on_main(accelerator, lambda: export_layers(run, recipe, fitter, progress))
 
-def run_steps(
-    recipe: Recipe,
-    folder: Path,
-    accelerator: Accelerator,
-    fitter: Fitter,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    batches: SharedBatches,
-    stop: StopRequest,
-) -> None:
-    """Steps to the recipe's end, saving as it goes; an error or a signal leaves the run loadable."""
-    accelerator.init_trackers("bilinear-tc", config=recipe.to_dict())
-    saved = progress.steps if checkpoints.newest() else -1
-
-    def save() -> None:
-        nonlocal saved
-        if saved != progress.steps:
+        def save() -> None:
             checkpoints.save(progress.steps)
-            export(folder, recipe, fitter, progress)
-            saved = progress.steps
+            export()
 
-    with tqdm(
+        if checkpoints.load_newest():
+            accelerator.print(f"resuming {run} after step {progress.steps} of {recipe.max_steps}")
+            if on_main(accelerator, lambda: exported_step(run)) != progress.steps:
+                export()  # killed between the two
+        else:
+            if recipe.init == "mlp":
+                progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
+            save()
+
+        with StopRequest(accelerator) as stop, progress_bar(recipe, progress, base, accelerator) as bar:
+            while progress.steps < recipe.max_steps:
+                try:
+                    mse, fvu, rows = fitter.step(next(batches), progress.steps)
+                except TextError as error:
+                    save()
+                    raise TextError(f"{error} (all {progress.steps} steps before it are saved in {run})") from error
+                except FloatingPointError:
+                    export()
+                    raise
+                check_converging(mse, base.layers, progress.steps)
+                progress.add(mse, fvu, rows)
+                report(fvu, base.layers, progress.steps, bar, accelerator)
+                stopping = bool(stop)
+                due = recipe.checkpoint_every and progress.steps % recipe.checkpoint_every == 0
+                if due or stopping or progress.steps == recipe.max_steps:
+                    save()
+                if stopping:
+                    raise InterruptedError(
+                        f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run}: run the "
+                        "same command to go on"
+                    )
+
+
+def export_layers(run: Path, recipe: Recipe, fitter: Fitter, progress: Progress) -> None:
+    """Writes every layer as it stands into the run."""
+    accelerator = fitter.accelerator
+    fitter.stack.set_statistics()
+    device = accelerator.device
+    facts = FitFacts(
+        steps=progress.steps,
+        tokens=progress.tokens_read,
+        seconds=round(progress.wall_time(), 1),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads",
+        processes=accelerator.num_processes,
+        dtype=str(fitter.stack.dtype).removeprefix("torch."),
+    )
+    histories = [progress.history(index) for index in range(len(fitter.stack.transcoders))]
+    write_layers(run, fitter.stack.transcoders, histories, recipe, facts)
+
+
+def check_converging(mse: Tensor, layers: Sequence[int], steps: int) -> None:
+    """Raises FloatingPointError where a layer's error [layers] is no number any more."""
+    diverged = [layer for layer, value in zip(layers, mse.isfinite().tolist(), strict=True) if not value]
+    if diverged:
+        raise FloatingPointError(
+            f"the transcoder of layer {diverged[0]} has diverged by step {steps + 1}: its error is a NaN or an "
+            "infinity; start anew with a lower --lr"
+        )
+
+
+def progress_bar(recipe: Recipe, progress: Progress, base: Base, accelerator: Accelerator) -> tqdm:
+    return tqdm(
         initial=progress.steps,
         total=recipe.max_steps,
-        desc=f"fitting {len(fitter.base.layers)} layers",
+        desc=f"fitting {len(base.layers)} layers",
         unit="step",
         disable=not accelerator.is_main_process,
-    ) as bar:
-        while progress.steps < recipe.max_steps:
-            try:
-                mse, fvu, rows = fitter.step(next(batches), progress.steps)
-            except FloatingPointError:
-                export(folder, recipe, fitter, progress)
-                raise
-            progress.add(mse, fvu, rows)
-            bar.update()
-            bar.set_postfix(mean_fvu=f"{fvu.mean():.4f}", worst=f"{fvu.max():.4f}", refresh=False)
-            accelerator.log(
-                {"mean_fvu": fvu.mean().item()}
-                | {f"fvu/layer_{layer}": value for layer, value in zip(fitter.base.layers, fvu.tolist(), strict=True)},
-                step=progress.steps,
-            )
-            stopping = bool(stop)
-            if stopping or (recipe.checkpoint_every and progress.steps % recipe.checkpoint_every == 0):
-                save()
-            if stopping:
-                raise InterruptedError(
-                    f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {folder}: run the "
-                    "same command to go on"
-                )
-    save()
-    accelerator.end_training()
+    )
 
 
-def finish(recipe: Recipe, folder: Path, accelerator: Accelerator, base: Base) -> None:
-    """Measures the run as it was written, on held-out text where the recipe names some, and prints what came out."""
+def report(fvu: Tensor, layers: Sequence[int], steps: int, bar: tqdm, accelerator: Accelerator) -> None:
+    """Shows a step's FVU [layers] in the progress bar and tells the trackers."""
+    bar.update()
+    bar.set_postfix(mean_fvu=f"{fvu.mean():.4f}", worst=f"{fvu.max():.4f}", refresh=False)
+    by_layer = {f"fvu/layer_{layer}": value for layer, value in zip(layers, fvu.tolist(), strict=True)}
+    accelerator.log({"mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
+
+
+def print_result(run: Path, recipe: Recipe) -> None:
+    """Prints what came out, and what to do with it."""
+    layers = list_layers(str(run), None)
     if recipe.eval_split is None:
-        accelerator.print(f"fitted {len(base.layers)} layers; no eval_split, so nothing was measured on held-out text")
+        print(f"fitted {len(layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        evaluation = evaluate_fit(folder, recipe, base, accelerator)
-        accelerator.print(fit_table(evaluation))
-    accelerator.print(
+        print(fit_table(json.loads((run / "evaluation.json").read_text())))
+    print(
         f"\nTry next:\n  from transformers import AutoModel\n"
-        f'  tc = AutoModel.from_pretrained("{folder}", subfolder="layer_{base.layers[0]}", trust_remote_code=True)'
+        f'  tc = AutoModel.from_pretrained("{run}", subfolder="layer_{layers[0]}", trust_remote_code=True)'
     )
 
 

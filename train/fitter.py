@@ -106,12 +106,18 @@ class Fitter:
         return mse.cpu(), fvu.cpu(), rows
 
     def state_dict(self) -> dict[str, object]:
-        return {"stack": self.stack.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        return {
+            "stack": self.stack.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "micro_batch_size": self.micro_batch_size,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.stack.load_state_dict(state["stack"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
+        if self.recipe.micro_batch_size is None:  # another choice would add up in another order
+            self.micro_batch_size = state["micro_batch_size"]
 
 
 def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
@@ -140,7 +146,12 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
     biases = [p for p in stack.parameters.values() if p.ndim == 2]
     settings = {"lr": recipe.lr, "peak_lr": recipe.lr}
     if recipe.optimizer == "muon":
-        first = Muon([{"params": matrices, **settings}], momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        first = Muon(
+            [{"params": matrices, **settings}],
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            coefficients=recipe.newton_schulz,
+        )
     else:
         first = torch.optim.AdamW(
             [{"params": matrices, **settings}], betas=CARD_BETAS, weight_decay=recipe.weight_decay

@@ -86,7 +86,7 @@ def polynomials(coefficients: str | Polynomial | Sequence[Polynomial], steps: in
     return [tuple(rows[min(step, len(rows) - 1)]) for step in range(steps)]
 
 
-def compute_dtype(matrices: Tensor) -> torch.dtype:
+def newton_schulz_dtype(matrices: Tensor) -> torch.dtype:
     """The type that Newton–Schulz runs in: float16 on CUDA, otherwise the matrices' own, float32 at least.
 
     float16 rather than bfloat16: after normalisation nothing exceeds about 100, so the three further bits of
@@ -131,7 +131,7 @@ def orthogonalize(
         steps: Newton–Schulz steps.
         coefficients: a name in `COEFFICIENTS` ("classic" leaves singular values between about 0.7 and 1.2,
             "polar_express" takes those above 1e-3 of the norm closer to 1), one triple, or one a step.
-        dtype: of the products and the result; None is `compute_dtype(matrices)`.
+        dtype: of the products and the result; None is `newton_schulz_dtype(matrices)`.
         eps: a Frobenius norm below it is taken as it, so that zero stays zero.
         restart: steps between two uses of the full matrix, 1 for the plain form; None is `restart_interval`.
 
@@ -147,7 +147,7 @@ def orthogonalize(
             f"{list(matrices.shape)} and {restart}."
         )
     schedule = polynomials(coefficients, steps)
-    dtype = dtype or compute_dtype(matrices)
+    dtype = dtype or newton_schulz_dtype(matrices)
     batch = matrices.reshape(-1, *matrices.shape[-2:])
     unit = batch.new_empty(batch.shape, dtype=dtype)
     _normalize(batch, eps, out=unit)
@@ -296,7 +296,7 @@ class Muon(torch.optim.Optimizer):
         share = math.ceil(matrices / processes)
         first, last = min(rank * share, matrices), min((rank + 1) * share, matrices)
 
-        dtype = group["dtype"] or compute_dtype(params[0])
+        dtype = group["dtype"] or newton_schulz_dtype(params[0])
         rows, cols = params[0].shape[-2:]
         unit = params[0].new_empty((last - first, rows, cols), dtype=dtype)
         self._momentum(group, params, first, last, out=unit)

@@ -70,6 +70,9 @@ class Recipe:
         metadata={"help": "Learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."},
     )
     momentum: float = field(default=0.95, metadata={"help": "Muon's momentum (Nesterov)."})
+    newton_schulz: Literal["classic", "polar_express"] = field(
+        default="classic", metadata={"help": "Muon's polynomials: one five times over, or one fitted to each step."}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of the matrices."})
     normalization: Literal["batch", "running"] = field(
         default="batch",

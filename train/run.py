@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +16,20 @@ import pyarrow.parquet
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.recipe import Recipe, read_settings, write_recipe
 
 PACKAGE = Path(__file__).resolve().parent.parent
+EXPORTED = "checkpoints/exported"
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
-# Settings that change neither the weights nor the history of a fit.
+# Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
     "output_dir",
     "eval_split",
     "eval_tokens",
+    "micro_batch_size",
     "tokenizer_workers",
     "checkpoint_every",
     "resume",
@@ -49,32 +53,28 @@ class FitFacts:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move into `folder` one by one, each whole, when the block ends without an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """A scratch folder that becomes `folder` when the block ends without an error.
+
+    Where `folder` exists, the files move into it one by one, each whole.
+    """
+    exists = folder.is_dir()
+    scratch = (folder if exists else folder.parent) / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    scratch.mkdir(parents=True)
     try:
         yield scratch
-        for file in sorted(scratch.iterdir()):
-            os.replace(file, folder / file.name)
+        if exists:
+            for file in sorted(scratch.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def differing_settings(folder: Path, recipe: Recipe) -> list[str]:
-    """How the recipe differs from the one that a run was begun with, a phrase a setting; empty for a new run."""
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        return []
-    before, now = read_settings(file), recipe.to_dict()
-    return [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if name not in FREE_SETTINGS and before.get(name) != value
-    ]
-
-
 def prepare_run(folder: Path, recipe: Recipe) -> None:
     """Makes the run's folder, checks that it can be written and continued, and writes the recipe and the code.
+
+    What a killed process left half written is removed.
 
     Raises:
         ValueError: where the folder holds a run of another recipe and the recipe says to resume.
@@ -88,34 +88,86 @@ def prepare_run(folder: Path, recipe: Recipe) -> None:
             f"output_dir {folder} cannot be written ({error.strerror}): expected a folder with write permission; "
             "name another with --output_dir"
         ) from error
-    differing = differing_settings(folder, recipe)
-    if recipe.resume and differing:
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to resume it, "
-            "another --output_dir, or --no_resume to start it anew"
-        )
-    if not recipe.resume:
-        for old in [folder / "checkpoints", *folder.glob("layer_*")]:
-            shutil.rmtree(old, ignore_errors=True)
+    if recipe.resume:
+        check_same_recipe(folder, recipe)
+    else:
+        for old in [*folder.glob("checkpoints"), *folder.glob("layer_*")]:
+            shutil.rmtree(old)
         (folder / "evaluation.json").unlink(missing_ok=True)
+    remove_partial(folder)
     with written_whole(folder) as scratch:
         write_recipe(recipe, scratch / "recipe.yaml")
         for name in CODE_FILES:
             shutil.copyfile(PACKAGE / name, scratch / name)
 
 
-def write_layer(
-    folder: Path, transcoder: BilinearTC, history: dict[str, list], recipe: Recipe, facts: FitFacts
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises ValueError, naming the settings that differ, where a run was begun with a recipe of other results."""
+    file = folder / "recipe.yaml"
+    if not file.is_file() or not any([*folder.glob("layer_*"), *folder.glob("checkpoints/step_*")]):
+        return
+    before, now = read_settings(file), recipe.to_dict()
+    differing = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if name not in FREE_SETTINGS and before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to resume it, "
+            "another --output_dir, or --no_resume to start it anew"
+        )
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a killed process was writing in a run."""
+    for place in [folder, folder / "checkpoints", *folder.glob("layer_*")]:
+        for partial in place.glob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def write_layers(
+    folder: Path,
+    transcoders: Sequence[BilinearTC],
+    histories: Sequence[dict[str, list]],
+    recipe: Recipe,
+    facts: FitFacts,
 ) -> None:
-    """Writes one layer's folder: the model, its settings for a reader, and its history.
+    """Writes every layer's folder, and notes when all are written; an evaluation of what they held goes.
 
     Args:
         folder: the run.
-        transcoder: the layer's model, with its statistics set.
-        history: the columns of history.parquet, a value an optimiser step.
+        transcoders: the layers' models, with their statistics set.
+        histories: of each, the columns of history.parquet, a value an optimiser step.
         recipe: the fit's settings.
         facts: what the fit measured of itself.
+
+    Raises:
+        OSError: where one cannot be written, as on a full disk; each file in the run is whole.
     """
+    try:
+        for void in (folder / "evaluation.json", folder / EXPORTED):
+            void.unlink(missing_ok=True)
+        for transcoder, history in zip(transcoders, histories, strict=True):
+            write_layer(folder, transcoder, history, recipe, facts)
+        (folder / EXPORTED).write_text(str(facts.steps))
+    except (OSError, SafetensorError, pyarrow.ArrowException) as error:
+        raise OSError(
+            f"the layers could not all be written to {folder} ({' '.join(str(error).split())}): those that are there "
+            "are whole, and so are the checkpoints; make room on the disk and run the same command to go on"
+        ) from error
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step that all layers in a run stand at, or None where some may stand at another."""
+    note = folder / EXPORTED
+    return int(note.read_text()) if note.is_file() else None
+
+
+def write_layer(
+    folder: Path, transcoder: BilinearTC, history: dict[str, list], recipe: Recipe, facts: FitFacts
+) -> None:
+    """Writes one layer's folder: the model, its settings for a reader, and its history."""
     config = transcoder.config
     settings = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
     for name in ("base", "base_revision", "layers"):
