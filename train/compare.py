@@ -31,7 +31,7 @@ from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
 from bilinear_tc.train.run import written_whole
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot as plt
 
 # What the card's recipe sets differently; text, packing and batch are the same for both.
 CARD_SETTINGS = (

@@ -1,0 +1,182 @@
+"""The evaluator against a slow float64 loop, and against the base itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.evaluate import evaluate, list_layers, solve_affine
+from bilinear_tc.train.fitter import make_transcoders
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.tokens import TokenBatch
+
+CPU = torch.device("cpu")
+LOSS_KEYS = ("ce_increase", "kl", "loss_recovered")
+
+
+def held_out(padded: bool) -> list[TokenBatch]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for count in (4, 3):
+        mask = None
+        if padded:
+            lengths = torch.tensor([12, 1, 7, 2])[:count]
+            mask = torch.arange(12) < lengths[:, None]
+        batches.append(TokenBatch(torch.randint(50, (count, 12), generator=generator), mask))
+    return batches
+
+
+@pytest.fixture
+def transcoders(neox):
+    """Random transcoders with statistics far from 0 and 1."""
+    torch.manual_seed(1)
+    made = make_transcoders(Recipe(init="random"), neox, CPU)
+    for transcoder in made:
+        with torch.no_grad():
+            for name in ("input_mean", "output_mean"):
+                getattr(transcoder, name).normal_()
+            for name in ("input_std", "output_std"):
+                getattr(transcoder, name).uniform_(0.5, 2)
+    return made
+
+
+def measured(base, transcoders, batches, accelerator, losses=True):
+    activations = Activations(base, 48, device=CPU, dtype=torch.float32)
+    affine = solve_affine(base, transcoders, held_out(False), activations, accelerator)
+    return evaluate(base, transcoders, affine, batches, activations, accelerator, losses=losses), affine
+
+
+def run_in_float64(base, batches, replace=None, mean=None):
+    """Log-probabilities [tokens, vocabulary], targets, and the (x, y) rows of every layer, one sequence at a time.
+
+    `replace` maps layers to functions in place of their MLPs, `mean` to constants.
+    """
+    model = copy.deepcopy(base.model).double()
+    rows = {layer: ([], []) for layer in base.layers}
+    predictions, targets = [], []
+    for batch in batches:
+        for number, sequence in enumerate(batch.input_ids):
+            length = 12 if batch.mask is None else int(batch.mask[number].sum())
+            handles = []
+            for layer in base.layers:
+
+                def hook(_mlp, inputs, output, layer=layer):
+                    rows[layer][0].append(inputs[0][0])
+                    rows[layer][1].append(output[0])
+                    if replace and layer in replace:
+                        return replace[layer](inputs[0])
+                    if mean and layer in mean:
+                        return mean[layer].expand_as(output)
+                    return output
+
+                handles.append(model.get_submodule(base.mlp_path(layer)).register_forward_hook(hook))
+            with torch.no_grad():
+                logits = model(input_ids=sequence[None, :length]).logits[0]
+            for handle in handles:
+                handle.remove()
+            predictions.append(log_softmax(logits[:-1], -1))
+            targets.append(sequence[1:length])
+    joined = {layer: (torch.cat(x), torch.cat(y)) for layer, (x, y) in rows.items()}
+    return torch.cat(predictions), torch.cat(targets), joined
+
+
+def printed_formula(transcoder):
+    t = copy.deepcopy(transcoder).double()
+
+    def forward(x):
+        z = (x - t.input_mean) / t.input_std
+        left, right = z @ t.left.weight.T + t.left.bias, z @ t.right.weight.T + t.right.bias
+        return ((left * right) @ t.head.weight.T + t.head.bias) * t.output_std + t.output_mean
+
+    return forward
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_it_agrees_with_a_slow_float64_loop(neox, transcoders, accelerator, padded):
+    batches = held_out(padded)
+    result, (weights, biases) = measured(neox, transcoders, batches, accelerator)
+    functions = {layer: printed_formula(t) for layer, t in enumerate(transcoders)}
+    means = {layer: t.output_mean.double() for layer, t in enumerate(transcoders)}
+
+    true, targets, rows = run_in_float64(neox, batches)
+    ce = -true.gather(1, targets[:, None]).mean()
+    assert result["tokens"] == len(rows[0][0]) == (12 + 1 + 7 + 2 + 12 + 1 + 7 if padded else 7 * 12)
+    assert result["base"]["ce"] == pytest.approx(ce.item(), rel=1e-5)
+
+    def losses(layers):
+        replaced, _, _ = run_in_float64(neox, batches, replace={layer: functions[layer] for layer in layers})
+        ablated, _, _ = run_in_float64(neox, batches, mean={layer: means[layer] for layer in layers})
+        increase = -replaced.gather(1, targets[:, None]).mean() - ce
+        ablation = -ablated.gather(1, targets[:, None]).mean() - ce
+        kl = (true.exp() * (true - replaced)).sum(-1).mean()
+        return dict(zip(LOSS_KEYS, (increase, kl, 1 - increase / ablation), strict=True))
+
+    for layer, (x, y) in rows.items():
+        figures = result["layers"][str(layer)]
+        z, predicted = (y - y.mean(0)) / y.std(0, correction=0), functions[layer](x)
+        z_predicted = (predicted - y.mean(0)) / y.std(0, correction=0)
+        linear = x @ weights[layer].double().T + biases[layer].double()
+        z_linear = (linear - y.mean(0)) / y.std(0, correction=0)
+        expected = {
+            "fvu": (z - z_predicted).square().sum() / z.square().sum(),
+            "variance_explained": 1 - (z - z_predicted).square().sum() / z.square().sum(),
+            "fvu_raw": (y - predicted).square().sum() / (y - y.mean(0)).square().sum(),
+            "mse": (y - predicted).square().mean(),
+            "fvu_linear": (z - z_linear).square().sum() / z.square().sum(),
+            **losses([layer]),
+        }
+        assert figures == pytest.approx({k: v.item() for k, v in expected.items()}, rel=2e-4, abs=2e-5)
+    assert result["all_layers"] == pytest.approx(
+        {k: v.item() for k, v in losses(list(rows)).items()}, rel=2e-4, abs=2e-5
+    )
+    for key, value in result["mean"].items():
+        assert value == pytest.approx(sum(figures[key] for figures in result["layers"].values()) / 3)
+
+
+class Itself(BilinearTC):
+    """A 'transcoder' that is the MLP."""
+
+    def forward(self, x):
+        return self.copied(x)
+
+
+def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders, accelerator):
+    for layer, transcoder in enumerate(transcoders):
+        transcoder.__class__ = Itself
+        transcoder.copied = copy.deepcopy(neox.mlp(layer))
+    result, _ = measured(neox, transcoders, held_out(False), accelerator)
+    for figures in [*result["layers"].values(), result["all_layers"]]:
+        assert figures["ce_increase"] == pytest.approx(0, abs=1e-6)
+        assert figures["kl"] == pytest.approx(0, abs=1e-6)
+        assert figures["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    for figures in result["layers"].values():
+        assert figures["fvu"] == pytest.approx(0, abs=1e-9)
+        assert figures["fvu_linear"] > 1e-3
+
+
+def test_the_affine_map_is_the_least_squares_one(neox, transcoders, accelerator):
+    _, (weights, biases) = measured(neox, transcoders, held_out(False), accelerator, losses=False)
+    _, _, rows = run_in_float64(neox, held_out(False))
+    for layer, (x, y) in rows.items():
+        design = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+        solution = torch.linalg.lstsq(design, y).solution
+        # the layer norm's outputs sum to 0, so that the map is unique only on them
+        predicted = x @ weights[layer].double().T + biases[layer].double()
+        torch.testing.assert_close(predicted, design @ solution, rtol=0, atol=2e-3)
+
+
+def test_the_base_is_as_it_was_afterwards(neox, transcoders, accelerator):
+    input_ids = held_out(False)[0].input_ids
+    before = neox.model(input_ids=input_ids).logits
+    measured(neox, transcoders, held_out(False), accelerator)
+    assert torch.equal(neox.model(input_ids=input_ids).logits, before)
+
+
+def test_a_folder_without_transcoders_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no transcoders: expected layer_0/config\.json"):
+        list_layers(str(tmp_path), None)
