@@ -26,7 +26,7 @@ from bilinear_tc.train.base import Base, linear_maps
 from bilinear_tc.train.batches import calibration_batches, open_batches, open_held_out
 from bilinear_tc.train.command import command_line, start_accelerator
 from bilinear_tc.train.fitter import Fitter, compute_dtype
-from bilinear_tc.train.moments import fvu
+from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
 from bilinear_tc.train.run import written_whole
 
@@ -98,6 +98,17 @@ def harden(base: Base, factor: float) -> None:
         last.weight.div_(factor)
 
 
+def hold_out(recipe: Recipe, base: Base, accelerator: Accelerator) -> Activations:
+    """The MLP inputs and outputs of `eval_tokens` of the held-out text, kept for many measurements."""
+    sequences = recipe.eval_tokens // recipe.seq_len
+    held_out = Activations(
+        base, sequences * recipe.seq_len, device=accelerator.device, dtype=compute_dtype(recipe, accelerator.device)
+    )
+    with open_held_out(recipe, base.tokenizer, accelerator, sequences) as text:
+        held_out.fill(next(text), recipe.batch_size)
+    return held_out
+
+
 @torch.no_grad()
 def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None) -> Tensor:
     """FVU [layers] of the transcoders as they stand, on the first rows."""
@@ -109,7 +120,7 @@ def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None)
             (b - transcoder(a)).square().sum(0, dtype=torch.float64)
             for a, b in zip(x.split(8192), y.split(8192), strict=True)
         )
-        figures.append(fvu(errors, held_out._moments_of(y)))
+        figures.append(fvu(errors, Moments.of(y)))
     return torch.stack(figures).cpu()
 
 
@@ -177,10 +188,7 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
     base = Base.load(ours.base, revision=ours.base_revision, device=device, dtype=compute_dtype(ours, device))
     if settings.harden != 1:
         harden(base, settings.harden)
-    held_out = Activations(base, settings.eval_tokens, device=device, dtype=compute_dtype(ours, device))
-    with open_held_out(ours, base.tokenizer, accelerator, settings.eval_tokens // ours.seq_len) as text:
-        held_out.fill(next(text), ours.batch_size)
-
+    held_out = hold_out(ours, base, accelerator)
     curves = {
         "card's recipe": run_recipe(card, base, held_out, accelerator, "card's recipe", settings.points),
         "ours": run_recipe(full, base, held_out, accelerator, "ours", settings.points),

@@ -1,0 +1,58 @@
+"""The README's snippets, executed as printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def beside_the_run(tmp_path, quickstart_run) -> Path:
+    """A folder that looks like the root of a clone in which the quickstart has run."""
+    (tmp_path / "train").symlink_to(REPOSITORY / "train")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(quickstart_run.folder)
+    return tmp_path
+
+
+def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        environment = os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=beside_the_run, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        unexplained = float(re.search(r"unexplained: ([\d.]+)", done.stdout)[1])
+        loss, spliced = map(float, re.search(r"loss ([\d.]+), with the transcoder ([\d.]+)", done.stdout).groups())
+        assert 0 < unexplained < 0.4
+        assert abs(spliced - loss) < 0.2 * loss
+
+
+def test_ci_runs_the_readmes_test_command():
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    extracted = subprocess.run(
+        ["bash", "-c", re.search(r"^command=\$\((.*)\)$", ci, re.MULTILINE)[1]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert extracted.endswith("-m pytest")
+    assert extracted in README
+
+
+def test_every_path_that_the_readme_names_exists():
+    paths = re.findall(r"`((?:train|upload|tests)/[\w./-]+)`", README)
+    assert paths
+    for path in paths:
+        assert (REPOSITORY / path).exists(), path

@@ -1,0 +1,75 @@
+"""One setting changed at a time: what each is worth, on held-out text, at equal tokens.
+
+    python train/tune.py --harden 5
+
+fits a few layers briefly with the recipe as it is and with each of `CHANGES`, and prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.command import command_line, start_accelerator
+from bilinear_tc.train.compare import harden, hold_out, run_recipe
+from bilinear_tc.train.fitter import compute_dtype
+from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.02},
+    {"lr": 0.08},
+    {"lr_schedule": "constant"},
+    {"lr_schedule": "wsd"},
+    {"momentum": 0.95},
+    {"newton_schulz": "classic"},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.1},
+    {"bias_lr": 3e-3},
+    {"normalization": "batch"},
+    {"init": "random"},
+    {"optimizer": "adamw", "lr": 3e-3},
+]
+
+
+@dataclass
+class TuningSettings:
+    """What to try the changes on."""
+
+    recipe: str = field(default="quickstart", metadata={"help": "The recipe to change."})
+    steps: int = field(default=200, metadata={"help": "Optimiser steps of each fit."})
+    layers: str = field(default="1,2,4", metadata={"help": "Layers to fit."})
+    harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
+    eval_tokens: int = field(default=131072, metadata={"help": "Held-out tokens."})
+
+
+def main() -> None:
+    (settings,) = HfArgumentParser(TuningSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    accelerator = start_accelerator()
+    recipe = dataclasses.replace(
+        Recipe(**read_settings(recipe_file(settings.recipe))),
+        max_steps=settings.steps,
+        layers=settings.layers,
+        eval_tokens=settings.eval_tokens,
+    )
+    device = accelerator.device
+    base = Base.load(recipe.base, layers=recipe.layer_indices(), device=device, dtype=compute_dtype(recipe, device))
+    if settings.harden != 1:
+        harden(base, settings.harden)
+    held_out = hold_out(recipe, base, accelerator)
+    print(f"| change | mean held-out FVU | to the recipe | layers {settings.layers} |\n| --- | --- | --- | --- |")
+    kept = 0.0
+    for change in CHANGES:
+        name = ", ".join(f"{key} {value}" for key, value in change.items())
+        curve = run_recipe(dataclasses.replace(recipe, **change), base, held_out, accelerator, name or "recipe", 0)
+        kept = kept or curve.mean
+        figures = ", ".join(f"{value:.4f}" for value in curve.final)
+        print(f"| {name or 'none'} | {curve.mean:.4f} | {curve.mean / kept - 1:+.1%} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)
