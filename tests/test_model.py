@@ -307,6 +307,16 @@ def test_capture_returns_what_enters_and_leaves_the_mlp(base_and_path, layer):
         assert not got_y.requires_grad
 
 
+def test_the_mlp_is_found_by_the_inner_models_path_and_inside_a_wrapper():
+    base = neox()
+    _, x, _ = with_hook(base, "gpt_neox.layers.1.mlp")
+    wrapper = nn.ModuleDict({"module": base})
+    wrapper.forward = base.forward
+    for path, given in (("layers.1.mlp", base), ("gpt_neox.layers.1.mlp", wrapper)):
+        got, _ = transcoder(mlp_path=path).capture(given, input_ids=TOKENS)
+        assert torch.equal(got, x)
+
+
 def test_the_input_of_gpt_neoxs_mlp_is_the_normalised_residual():
     base = neox(use_parallel_residual=True)
     hidden = base(input_ids=TOKENS, output_hidden_states=True).hidden_states[1]
