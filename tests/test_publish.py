@@ -409,12 +409,13 @@ def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(
             hub.fail(nth, kill)
             process = publisher.start(send, update.new, update.settings)
             started.set()
-            assert publisher.finish(process).returncode == -signal.SIGKILL
+            killed = publisher.finish(process)
+            assert killed.returncode == -signal.SIGKILL, (nth, hub.requests, killed.output)
             assert published(hub) in update.sets
             again = publisher.send(update.new, update.settings)
-            assert again.returncode == 0, (nth, again.output)
+            assert again.returncode == 0, (nth, hub.requests, again.output)
             assert published(hub) == update.sets[1]
-            assert commits(hub) == 3
+            assert commits(hub) == 3, (nth, hub.requests)
 
     at_every_request(update, case, changing_only=moment == "after")
 
