@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from fitting import ForkServer, TinyFit, write_base, write_text
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bilinear_tc.train.base import Base
@@ -49,3 +54,38 @@ def llama() -> Base:
         initializer_range=0.25,
     )
     return Base(LlamaForCausalLM(config), tokenizer=None)
+
+
+@dataclass(frozen=True)
+class QuickstartRun:
+    """The README's quickstart, as it went: its run and what it printed."""
+
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
+    """`accelerate launch train/fit.py --recipe quickstart`, once for all tests."""
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "train/fit.py", "--recipe", "quickstart", "--output_dir", folder]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return QuickstartRun(folder, finished.stdout)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts fits by forking a process that has imported everything."""
+    server = ForkServer(tmp_path_factory.mktemp("fits"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_fit(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> TinyFit:
+    """A fit of a tiny base on local text that takes seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_text(folder / "text")
+    return TinyFit(fork_server, write_base(folder / "base"), folder / "text", folder)

@@ -85,15 +85,17 @@ class Encoder:
         return np.array([*ids, self.eos] if ends else ids, dtype=np.int32)
 
     def _truncated(self, text: str, length: int) -> np.ndarray:
-        """The first tokens of a document, from its first characters alone where these give plenty of them.
+        """The first tokens of a document, read no further than they need.
 
-        What follows changes no token but the last few before the cut.
+        What follows a cut changes no token but the last few before it, hence the margin.
         """
-        margin = 64
-        if len(text) > (characters := 8 * (length + margin)):
+        margin = 32
+        characters = 6 * (length + margin)
+        while characters < len(text):
             ids = self._ids(text[:characters], True, False)
             if len(ids) >= length + margin:
                 return ids[:length]
+            characters *= 2
         return self._ids(text, True, False)[:length]
 
 

@@ -25,8 +25,8 @@ from bilinear_tc.train.evaluate import evaluate_fit, fit_table, list_layers
 from bilinear_tc.train.fitter import Fitter, compute_dtype
 from bilinear_tc.train.processes import StopRequest, on_main
 from bilinear_tc.train.progress import Progress
-from bilinear_tc.train.recipe import Recipe, parse_recipe
-from bilinear_tc.train.run import FitFacts, exported_step, prepare_run, write_layers
+from bilinear_tc.train.recipe import Recipe, parse_recipe, read_settings
+from bilinear_tc.train.run import FitFacts, begin_run, check_run, exported_step, write_layers
 from bilinear_tc.train.text import TextError
 from bilinear_tc.train.trackers import check_tracker, tracked
 
@@ -39,9 +39,10 @@ def fit(recipe: Recipe) -> None:
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_config=ProjectConfiguration(str(run), logging_dir=str(run / "checkpoints" / "logs")),
     )
-    on_main(accelerator, lambda: prepare_run(run, recipe))
+    on_main(accelerator, lambda: check_run(run, recipe))
     if not on_main(accelerator, lambda: is_finished(run, recipe)):
         on_main(accelerator, lambda: check_text(recipe))
+        on_main(accelerator, lambda: begin_run(run, recipe))
         base = load_base(recipe, accelerator)
         fit_layers(run, recipe, base, accelerator)
         if recipe.eval_split is not None:
@@ -53,8 +54,12 @@ def fit(recipe: Recipe) -> None:
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
     """Whether the run holds everything that its recipe asks for."""
-    fitted = newest_step(run) == exported_step(run) == recipe.max_steps
-    return fitted and (recipe.eval_split is None or (run / "evaluation.json").is_file())
+    fitted = recipe.resume and newest_step(run) == exported_step(run) == recipe.max_steps
+    if not fitted or recipe.eval_split is None:
+        return fitted
+    used = read_settings(run / "recipe.yaml")
+    measured = (used["eval_split"], used["eval_tokens"]) == (recipe.eval_split, recipe.eval_tokens)
+    return measured and (run / "evaluation.json").is_file()
 
 
 def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:

@@ -71,10 +71,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prepare_run(folder: Path, recipe: Recipe) -> None:
-    """Makes the run's folder, checks that it can be written and continued, and writes the recipe and the code.
-
-    What a killed process left half written is removed.
+def check_run(folder: Path, recipe: Recipe) -> None:
+    """Makes the run's folder where there is none, and checks that it can be written and continued.
 
     Raises:
         ValueError: where the folder holds a run of another recipe and the recipe says to resume.
@@ -90,7 +88,13 @@ def prepare_run(folder: Path, recipe: Recipe) -> None:
         ) from error
     if recipe.resume:
         check_same_recipe(folder, recipe)
-    else:
+
+
+def begin_run(folder: Path, recipe: Recipe) -> None:
+    """Writes the recipe and the code into the run; what a killed process left half written goes, and, where the recipe
+    says not to resume, what was there before.
+    """
+    if not recipe.resume:
         for old in [*folder.glob("checkpoints"), *folder.glob("layer_*")]:
             shutil.rmtree(old)
         (folder / "evaluation.json").unlink(missing_ok=True)

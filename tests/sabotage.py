@@ -1,0 +1,39 @@
+"""What can befall a fit, done to the process from within before the fit begins."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+
+
+def die_at(event: str, path_part: str, delay: str = "0") -> None:
+    """SIGKILL, `delay` seconds after Python is about to do something to a file: an audit event such as "os.rename"."""
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == event and path_part in str(arguments[0]):
+            threading.Thread(target=die, daemon=True).start() if float(delay) else die()
+
+    def die() -> None:
+        time.sleep(float(delay))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def fill_disk_at(path_part: str, size: str) -> None:
+    """From the first opening of such a file on, no file can grow beyond `size` bytes."""
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open" and path_part in str(arguments[0]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+
+    sys.addaudithook(hook)
+
+
+def hide_package(name: str) -> None:
+    """As if the package were not installed."""
+    sys.modules[name] = None

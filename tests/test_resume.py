@@ -1,0 +1,164 @@
+"""A fit that is stopped, at whatever moment, and started again ends like one that never was."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, wait_until, write_text
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Three kills fall while a checkpoint is written or the oldest removed, two while layers are, the rest anywhere."""
+    settings, run, chance = ("--max_steps", 96), tmp_path / "run", random.Random(0)
+    moments = [
+        *[("open", "step_", chance.uniform(0, 0.06)) for _ in range(4)],
+        ("open", ".pt.partial", 0),
+        ("os.rename", ".pt.partial", 0),
+        ("os.remove", "checkpoints/step_", 0),
+        ("open", f"layer_{chance.randrange(2)}.", 0),
+        ("os.rename", f"layer_{chance.randrange(2)}/.", 0),
+    ]
+    chance.shuffle(moments)
+
+    first = tiny_fit.start(run, *settings)
+    wait_until(lambda: "closed form" in first.stderr)
+    first.kill()
+    assert first.wait().returncode == -signal.SIGKILL
+
+    left = []
+    for moment in moments:
+        assert tiny_fit.run(run, *settings, sabotage=("die_at", *moment)).returncode == -signal.SIGKILL
+        left += partial(run)
+        if (run / "layer_1").exists():
+            assert_loads(run)
+    assert any("step_" in name for name in left)
+    assert any("layer_" in name for name in left)
+
+    finished = tiny_fit.run(run, *settings)
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming" in finished.stdout
+    assert_same_layers(run, tiny_fit.reference(*settings))
+    assert partial(run) == []
+    assert checkpoints(run) == [92, 96]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path, number: signal.Signals) -> None:
+    settings, run = ("--max_steps", 96), tmp_path / "run"
+    fit = tiny_fit.start(run, *settings)
+    wait_until(lambda: checkpoints(run)[-1:] > [0])
+    fit.kill(number)
+    stopped = fit.wait()
+    last = checkpoints(run)[-1]
+    assert stopped.returncode == 1
+    assert stopped.errors == [
+        f"error: stopped after step {last} of 96, which is saved in {run}: run the same command to go on"
+    ]
+    assert [history.num_rows for _, history in layers(run).values()] == [last, last]
+    assert_loads(run)
+    seconds = fit_facts(run)["seconds"]
+
+    finished = tiny_fit.run(run, *settings)
+    assert f"resuming {run} after step {last} of 96" in finished.stdout
+    assert "closed form" not in finished.stderr
+    assert_same_layers(run, tiny_fit.reference(*settings))
+    assert fit_facts(run)["seconds"] > seconds
+
+
+def test_text_read_before_a_stop_is_not_read_again(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Files that had been read to their end are broken before the fit goes on, which would fail if it read them."""
+    settings, run = ("--max_steps", 96), tmp_path / "run"
+    shards = write_text(tmp_path / "text")
+    settings = (*settings, "--dataset", tmp_path / "text" / "*.jsonl")
+    assert tiny_fit.run(run, *settings, sabotage=("die_at", "os.rename", "step_00000092", "0")).returncode < 0
+    assert checkpoints(run) == [84, 88]
+    for shard in shards[:2]:
+        first_line = shard.read_text().splitlines()[0]  # which is looked at before every fit
+        shard.write_text(f"{first_line}\nno JSON\n")
+    finished = tiny_fit.run(run, *settings)
+    assert finished.returncode == 0, finished.stderr
+    assert_same_layers(run, tiny_fit.reference("--max_steps", 96))
+
+
+def test_a_finished_run_only_prints_its_table(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    validation = tmp_path / "data"
+    write_text(validation, shards=2)
+    (validation / "shard-0.jsonl").rename(validation / "train.jsonl")
+    (validation / "shard-1.jsonl").rename(validation / "validation.jsonl")
+    run = tmp_path / "run"
+    settings = ("--dataset", validation, "--max_steps", 4, "--eval_split", "validation", "--eval_tokens", 1500)
+    first = tiny_fit.run(run, *settings)
+    assert first.returncode == 0, first.stderr
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for layer in ("0", "1", "mean"):
+        figures = evaluation["mean"] if layer == "mean" else evaluation["layers"][layer]
+        assert f"{layer:>5}  {figures['fvu']:8.4f}" in first.stdout
+    assert f'AutoModel.from_pretrained("{run}", subfolder="layer_0", trust_remote_code=True)' in first.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    again = tiny_fit.run(run, *settings)
+    assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+    more = tiny_fit.run(run, *settings, "--eval_tokens", 3000)  # only measured anew
+    assert (more.returncode, "closed form" in more.stderr) == (0, False)
+    assert json.loads((run / "evaluation.json").read_text())["tokens"] > evaluation["tokens"]
+    assert (run / "layer_0/model.safetensors").stat().st_mtime_ns == before[run / "layer_0/model.safetensors"]
+
+
+def test_killed_between_checkpoint_and_layers_it_writes_the_layers(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Also at the last step, after which there is nothing left to fit."""
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.remove", "step_00000016", "0")).returncode < 0
+    assert checkpoints(run) == [16, 20, 24]
+    assert [history.num_rows for _, history in layers(run).values()] == [20, 20]
+    assert tiny_fit.run(run).returncode == 0
+    assert_same_layers(run, tiny_fit.reference())
+
+
+def test_a_changed_recipe_is_refused_by_name(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, "--max_steps", 4).returncode == 0
+    before = layers(run)
+    refused = tiny_fit.run(run, "--max_steps", 8, "--lr", 0.5, "--report_to", "tensorboard", "--checkpoint_every", 3)
+    assert refused.returncode == 1
+    assert refused.errors == [
+        f"error: {run} holds a run of another recipe (max_steps was 4, is 8; lr was 0.02, is 0.5): give the same "
+        "settings to resume it, another --output_dir, or --no_resume to start it anew"
+    ]
+    assert layers(run) == before
+
+    anew = tiny_fit.run(run, "--max_steps", 8, "--layers", 1, "--no_resume")
+    assert (anew.returncode, "resuming" in anew.stdout) == (0, False)
+    assert sorted(layers(run)) == ["layer_1"]
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["max_steps"] == 8
+    assert checkpoints(run) == [4, 8]
+
+
+def test_a_recipe_that_never_came_to_fit_may_be_changed(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, "--max_steps", 4, "--layers", 7).returncode == 1
+    assert tiny_fit.run(run, "--max_steps", 4, "--layers", 1).returncode == 0
+
+
+def test_a_damaged_checkpoint_is_named(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.rename", "step_00000012", "0")).returncode < 0
+    newest = run / "checkpoints" / "step_00000008.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    refused = tiny_fit.run(run)
+    (error,) = refused.errors
+    assert error.startswith(f"error: the checkpoint {newest} cannot be read (")
+    newest.unlink()
+    assert tiny_fit.run(run).returncode == 0
+    assert_same_layers(run, tiny_fit.reference())
+
+
+def fit_facts(run: Path) -> dict:
+    """What the fit measured of itself, as layer 0's config.yaml tells it."""
+    return yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]

@@ -1,0 +1,106 @@
+"""The processes of a launch: started where Accelerate has not, acting as one, and stopping together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
+
+
+class ElsewhereError(RuntimeError):
+    """Raised where a process stops because the main one has failed, which says itself why."""
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Does some work on the main process while the others wait; its result, a small one, is returned on all.
+
+    Raises:
+        ElsewhereError: on the other processes, where the work raised an error on the main one, which raises that.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    outcome: list = [False, None]
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            outcome = [True, work()]
+        except Exception as error:
+            failure = error
+    done, result = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if not done:
+        raise ElsewhereError("the main process has failed")
+    return result
+
+
+class StopRequest:
+    """Notices SIGTERM and SIGINT while the context lasts, so that a step ends and is saved before the process does."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._received = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self._received = True
+
+    def __bool__(self) -> bool:
+        """Whether any process has been asked to stop: the same answer on all of them, which must ask together."""
+        if self.accelerator.num_processes == 1:
+            return self._received
+        flag = torch.tensor(float(self._received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag).item())
+
+
+def start_missing_processes() -> None:
+    """Where `accelerate launch --num_processes N` has started one process on the CPU, becomes the N asked for.
+
+    Accelerate leaves several CPU processes to mpirun; given no host file for it, it starts one and says nothing.
+    """
+    wanted = _processes_asked_for() if _launched_alone() else 1
+    if wanted > 1:
+        sys.stdout.flush()
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
+        os.execv(sys.executable, [sys.executable, "-m", *launcher, *sys.argv])
+
+
+def _launched_alone() -> bool:
+    """Whether Accelerate has meant several processes and nothing tells which of them this is."""
+    meant = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    ranks = {"RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"}
+    return meant and not ranks & os.environ.keys()
+
+
+def _processes_asked_for() -> int:
+    """`--num_processes` of the `accelerate launch` that started this process, or of Accelerate's configuration."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    parent = psutil.Process().parent()
+    words = parent.cmdline() if parent else []
+    names = ("launch", "accelerate-launch", "accelerate.commands.launch")
+    start = next((i for i, word in enumerate(words) if os.path.basename(word) in names), len(words))
+    if start == len(words):
+        return 1
+    asked = launch_command_parser().parse_args(words[start + 1 :])
+    if asked.num_processes is None and (asked.config_file or os.path.isfile(default_config_file)):
+        asked = load_config_from_file(asked.config_file)
+    one_machine = (asked.num_machines or 1) == 1  # several are started by mpirun or not at all
+    return asked.num_processes if asked.num_processes and one_machine else 1
