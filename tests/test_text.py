@@ -186,7 +186,7 @@ def test_hub_dataset_streams_and_resumes(tmp_path: Path) -> None:
             env=hub.environment(tmp_path / "home"),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
     assert done.returncode == 0, done.stderr
     head, rest, validation, errors = json.loads(done.stdout)
