@@ -34,8 +34,11 @@ class Moments:
         rows = x.shape[-2]
         if rows == 0:
             return cls.zeros(*x.shape[:-2], x.shape[-1], device=x.device)
-        variance, mean = torch.var_mean(x.float(), dim=-2, correction=0)
-        return cls(rows, mean.double(), variance.double() * rows)
+        # two plain sums: torch.var_mean over a leading axis takes twenty times as long on the CPU
+        x = x.float()
+        mean = x.sum(-2) / rows
+        deviation = (x - mean.unsqueeze(-2)).square().sum(-2)
+        return cls(rows, mean.double(), deviation.double())
 
     @staticmethod
     def stack(moments: list[Moments]) -> Moments:
