@@ -1,12 +1,15 @@
 """The stack's gradients and errors against autograd on unstacked float64 copies."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
 
+from bilinear_tc.train import fitter
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.fitter import make_transcoders
+from bilinear_tc.train.fitter import choose_micro_batch_size, make_transcoders
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.stack import Stack
 from bilinear_tc.train.tokens import TokenBatch
@@ -104,3 +107,65 @@ def test_a_compiled_stack_gives_the_same_errors(neox):
         stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32, compile=compile_)
         errors.append(stack.accumulate(activations, inputs, outputs, activations.rows, 40))
     torch.testing.assert_close(errors[0], errors[1], rtol=1e-4, atol=0)
+
+
+def test_a_compiled_stack_is_compiled_once_for_all_layers(neox):
+    torch._dynamo.reset()
+    batch, eager = filled(neox)
+    activations = Activations(neox, 40, device=CPU, dtype=torch.float32, compile=True)
+    stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32, compile=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        activations.fill(batch, 5)
+        inputs, outputs = activations.moments()
+        errors = stack.accumulate(activations, inputs, outputs, activations.rows, 20)
+    assert len(errors) == 3
+    assert errors.all()
+    for compiled, expected in zip((inputs, outputs), eager.moments(), strict=True):
+        assert compiled.count == expected.count == 40
+        torch.testing.assert_close(compiled.mean, expected.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled.deviation, expected.deviation, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["neox", "llama"])
+def test_a_compiled_base_captures_the_layers_asked_for_whatever_was_asked_before(name, request, monkeypatch):
+    base = request.getfixturevalue(name)
+    torch._dynamo.reset()
+    # what the hooks and guards do is Dynamo's part; its own backend spares the minutes of code generation
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    input_ids = torch.randint(50, (5, 8), generator=torch.Generator().manual_seed(1))
+    every = list(base.layers)
+    eager = base.activations(input_ids)
+    base.compile()
+    for layers in (every, every, every[:1], every[1:], every[:2], every):
+        base.layers = layers
+        compiled = base.activations(input_ids)
+        assert list(compiled) == layers
+        for layer, tensors in compiled.items():
+            for tensor, expected in zip(tensors, eager[layer], strict=True):
+                torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_gradients_in_half_precision_are_near_those_in_float32_for_any_number_of_rows(neox, dtype, tolerance):
+    _, activations = filled(neox)
+    inputs, outputs = activations.moments()
+    rows = 65536 * 64  # of a big batch, on a base of width 1024: the mean is over 2^32 figures
+    gradients, errors = [], []
+    for compute_type in (torch.float32, dtype):
+        torch.manual_seed(0)
+        stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=compute_type)
+        errors.append(stack.accumulate(activations, inputs, outputs, rows, 16))
+        gradients.append({name: p.grad for name, p in stack.parameters.items()})
+    torch.testing.assert_close(errors[0], errors[1], rtol=tolerance, atol=0)
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert (gradients[1][name] - expected).norm() < tolerance * expected.norm(), name
+
+
+def test_a_chosen_micro_batch_cuts_the_share_evenly_and_grows_with_the_memory(neox, monkeypatch):
+    chosen = []
+    for free in range(0, 4_000_000, 20_000):
+        monkeypatch.setattr(fitter, "free_memory", lambda _device, free=free: free)
+        chosen.append(choose_micro_batch_size(Recipe(seq_len=8), neox, 10, CPU, torch.float32))
+    assert chosen == sorted(chosen)
+    assert set(chosen) == {1, 2, 3, 4, 5, 10}

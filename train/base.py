@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class Base:
         prefix = f"{model.base_model_prefix}.{blocks_name}" if model.base_model is not model else blocks_name
         self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
         self._blocks_name = blocks_name
-        self._forward = model.base_model.forward
+        self._pass: Callable[..., dict[int, tuple[Tensor, Tensor]]] = self._forward_pass
         self.num_layers = len(blocks)
         self.n_inputs, self.n_outputs = mlp_widths(self.mlp(self.layers[0]))
         self.widest_map = max(width for pair in linear_maps(self.mlp(self.layers[0])).values() for width in pair)
@@ -108,7 +108,7 @@ class Base:
 
     def compile(self) -> None:
         """Compiles the decoder, hooks and all, for `activations`: its elementwise work fuses."""
-        self._forward = torch.compile(self.model.base_model.forward, dynamic=False)
+        self._pass = torch.compile(self._forward_pass, dynamic=False)
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -127,10 +127,18 @@ class Base:
 
         handles = [self.mlp(layer).register_forward_hook(capture) for layer in self.layers]
         try:
-            self._forward(input_ids=input_ids, use_cache=False)
+            return self._pass(input_ids, captured)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _forward_pass(
+        self, input_ids: Tensor, captured: list[tuple[Tensor, Tensor]]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """The forward pass that fills `captured`; `layers` is read in here, since the compiler would not notice
+        a hook that was not there when it traced the decoder.
+        """
+        self.model.base_model(input_ids=input_ids, use_cache=False)
         return dict(zip(self.layers, captured, strict=True))
 
 

@@ -226,9 +226,8 @@ def solve_heads(
     for batch in tqdm(batches, desc="closed form, heads", unit="batch", disable=hidden, leave=False):
         activations.fill(batch, micro_batch_size)
         if equations is None:
-            first = Moments.stack(
-                [Moments.of(units(t, x)) for t, x in zip(stack.transcoders, activations.x, strict=True)]
-            )
+            rows = activations.x[:, :MICRO_ROWS]
+            first = Moments.stack([Moments.of(units(t, x)) for t, x in zip(stack.transcoders, rows, strict=True)])
             equations = LeastSquares(first.reduce(accelerator).mean, torch.zeros_like(stack.outputs.mean))
         for layer, transcoder in enumerate(stack.transcoders):
             for x, y in zip(
@@ -277,9 +276,10 @@ def closed_form_start(
         for index, layer in enumerate(base.layers):
             x = activations.x[index]
             if len(fits) == index:
-                if len(x):
-                    weights[index].check(x, activations.y[index], base.mlp_path(layer))
-                first = Moments.of(weights[index].gate(x.float())).reduce(accelerator)
+                x_first, y_first = x[:MICRO_ROWS], activations.y[index][:MICRO_ROWS]
+                if len(x_first):
+                    weights[index].check(x_first, y_first, base.mlp_path(layer))
+                first = Moments.of(weights[index].gate(x_first.float())).reduce(accelerator)
                 fits.append(ActivationFit(weights[index], first))
             for rows in x.split(MICRO_ROWS):
                 fits[index].add(rows.float())

@@ -95,15 +95,16 @@ class Fitter:
                 self.activations, inputs, outputs, rows, self.micro_batch_size * self.recipe.seq_len
             )
             errors = self.stack.reduce(self.accelerator, errors)
+            mse = errors / (rows * outputs.mean.shape[-1])
+            fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
+            mse, fvu = mse.cpu(), fvu.cpu()  # before the update, so that the next pass is queued while it runs
         with self.timer("optimizer"):
             multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * multiplier
                 optimizer.step()
-        mse = errors / (rows * outputs.mean.shape[-1])
-        fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
-        return mse.cpu(), fvu.cpu(), rows
+        return mse, fvu, rows
 
     def state_dict(self) -> dict[str, object]:
         return {
@@ -164,14 +165,23 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
 
 
 def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torch.device, dtype: torch.dtype) -> int:
-    """As many sequences as half of the free memory holds, at most this process's share of a batch.
+    """As many sequences as half of the free memory holds, this process's share of a batch in equal parts.
 
-    A token's peak is either the base's (its MLP's hidden layer, attention, residual stream) or a transcoder's:
-    its hidden units five times over (left, right, product and two gradients) and its inputs and outputs in float32.
+    A token's peak is either the base's (what its MLPs saw and said, an MLP's hidden layer, attention, residual
+    stream) or a transcoder's: its hidden units five times over (left, right, product and two gradients) and its inputs
+    and outputs in float32.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    hidden = recipe.n_hidden(base.n_inputs)
-    base_bytes = dtype.itemsize * 3 * (base.widest_map + 8 * base.n_inputs)
-    transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * (base.n_inputs + base.n_outputs)
-    sequences = int(free / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
-    return max(1, min(share, sequences))
+    hidden, ends = recipe.n_hidden(base.n_inputs), base.n_inputs + base.n_outputs
+    base_bytes = dtype.itemsize * (len(base.layers) * ends + 3 * (base.widest_map + 8 * base.n_inputs))
+    transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * ends
+    most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
+    parts = -(-share // max(1, min(share, most)))
+    return -(-share // parts)  # a remainder of another size would be compiled, and add up, apart
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes: the device's, what torch's allocator keeps for reuse among them, or the machine's for the CPU."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -12,6 +12,10 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.moments import Moments
 
+# The factor on the sum of squared errors that float16 gradients are of: between its smallest number, 6e-8, in a row's
+# gradient, and its largest, 65,504, in a weight's, which adds up over the rows.
+FLOAT16_SCALE = 2.0**-8
+
 
 class Stack:
     """One `BilinearTC` a layer, whose parameters and gradients are views into stacked buffers.
@@ -69,6 +73,8 @@ class Stack:
         self._gradients.zero_()
         errors = torch.zeros(len(self.transcoders), dtype=torch.float64, device=self.device)
         scale = 1 / (rows * outputs.mean.shape[-1])
+        # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
+        factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
         statistics = [s.float() for s in (inputs.mean, inputs.std, outputs.mean, outputs.std)]
         for layer, transcoder in enumerate(self.transcoders):
             layer_statistics = [s[layer] for s in statistics]
@@ -77,8 +83,10 @@ class Stack:
             ):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     error = self._squared_error(transcoder, x, y, *layer_statistics)
-                (error * scale).backward()
+                (error * factor).backward()
                 errors[layer] += error.detach()
+        if factor != scale:
+            self._gradients.mul_(scale / factor)
         return errors
 
     def reduce(self, accelerator: Accelerator, errors: Tensor) -> Tensor:
