@@ -23,6 +23,7 @@ from bilinear_tc.train.stack import Stack
 from bilinear_tc.train.tokens import TokenBatch
 
 CARD_BETAS = (0.95, 0.95)
+CPU_ROWS = 2048  # a transcoder's hidden units for more rows than this fall out of the cache, at 15% of its time
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -58,6 +59,9 @@ class Fitter:
         share = -(-recipe.batch_size // accelerator.num_processes)
         self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
+        self.micro_rows = self.micro_batch_size * recipe.seq_len
+        if device.type == "cpu":
+            self.micro_rows = min(self.micro_rows, CPU_ROWS)
         self.optimizers = make_optimizers(recipe, self.stack)
         if compiled:
             base.compile()
@@ -91,9 +95,7 @@ class Fitter:
             if self.recipe.normalization == "running":
                 inputs, outputs = self.stack.inputs, self.stack.outputs
         with self.timer("transcoders"):
-            errors = self.stack.accumulate(
-                self.activations, inputs, outputs, rows, self.micro_batch_size * self.recipe.seq_len
-            )
+            errors = self.stack.accumulate(self.activations, inputs, outputs, rows, self.micro_rows)
             errors = self.stack.reduce(self.accelerator, errors)
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
