@@ -165,6 +165,7 @@ class LayerAtATime:
 
     def __init__(self, recipe: Recipe, base: Base, layer: int, device: torch.device) -> None:
         self.base, self.layer, self.device = base, layer, device
+        self.history: list[tuple[float, float]] = []
         single = dataclasses.replace(recipe, init="random")
         self.transcoder = next(t for t in make_transcoders(single, base, device) if t.config.layer_index == layer)
         matrices = [p for p in self.transcoder.parameters() if p.ndim == 2]
@@ -182,7 +183,7 @@ class LayerAtATime:
 
         handle = self.base.mlp(self.layer).register_forward_hook(to_cpu)
         with torch.no_grad():
-            self.base.model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+            self.base.model(input_ids=batch.input_ids.to(self.device))
         handle.remove()
         x, y = (t.to(self.device) for t in captured)
         statistics = [s for t in (x, y) for s in (t.mean(0), t.std(0))]
@@ -191,6 +192,8 @@ class LayerAtATime:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        variance = ((y - statistics[2]) / statistics[3]).var(0, correction=0).mean()
+        self.history.append((loss.item(), (loss / variance).item()))  # what the published checkpoints hold
 
 
 def time_baseline(
