@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from packaging.version import Version
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,6 +33,19 @@ def base_location(name: str) -> str:
         return name
     shipped = REPOSITORY_ROOT / name
     return str(shipped) if shipped.is_dir() else name
+
+
+@contextmanager
+def one_sentence(name: str) -> Iterator[None]:
+    """Turns what `from_pretrained` raises for a base that is missing or damaged into a ValueError of one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) in a "
+            f"local folder or on the Hub, got: {reason}"
+        ) from error
 
 
 class Base:
@@ -76,17 +91,12 @@ class Base:
             ValueError: where the folder or repository holds no model, or a layer does not exist.
         """
         location = base_location(name)
-        try:
+        with one_sentence(name):
             config = AutoConfig.from_pretrained(location, revision=revision)
-            check_layers(layers, config.get_text_config().num_hidden_layers)  # before gigabytes are read
+        check_layers(layers, config.get_text_config().num_hidden_layers)  # before gigabytes are read
+        with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) "
-                f"in a local folder or on the Hub, got: {reason}"
-            ) from error
         return cls(model.to(device), tokenizer, layers)
 
     def mlp_path(self, layer: int) -> str:
