@@ -68,7 +68,7 @@ def sentence(error: BaseException) -> str:
         return f"the device's memory is full ({message[:200]}): lower --micro_batch_size"
     if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and LOST_PROCESS.search(message):
         return (
-            "another process of this launch has ended or cannot be reached, which shows above if it could still tell "
-            "why; what was last saved is whole: run the same command to go on"
+            "another process of this launch has ended or cannot be reached (its own error, if it had time for one, is "
+            "above); what was last saved is whole: run the same command to go on"
         )
     return message

@@ -1,0 +1,231 @@
+"""Whatever befalls a fit, it ends with one clear sentence, what it has saved stays good, and it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import zstandard
+from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, wait_until, write_text
+from test_hub_loading import load_in_fresh_process
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
+
+
+def file_in_the_way(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "run"
+
+
+def empty_folder(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def empty_text(folder: Path) -> Path:
+    (folder / "empty.jsonl").write_text("\n\n")
+    return folder / "empty.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--layers", "1,7", "the base has layers 0 to 1, but layers 7 were asked for"),
+        ("--base", empty_folder, "the base '.*/empty' cannot be loaded: expected a Hugging Face model"),
+        ("--base", "nobody/nothing", "the base 'nobody/nothing' cannot be loaded: expected a Hugging Face model"),
+        ("--dataset", empty_text, "the split 'train' of '.*/empty.jsonl' holds no text"),
+        ("--dataset", "/nowhere/text", "there is no file or folder '/nowhere/text'"),
+        ("--text_column", "body", "line 1 of .*/shard-0.jsonl has no column 'body'; its columns are 'text'"),
+        ("--eval_split", "validation", "no held-out text: .* has no split 'validation'; .* or none to measure nothing"),
+        ("--eval_split", "train", "the fit is on the split 'train', and so is eval_split"),
+        ("--output_dir", file_in_the_way, "output_dir .*/file/run cannot be written .*: expected a folder"),
+        ("--output_dir", "/proc/self/run", "output_dir /proc/self/run cannot be written .*: expected a folder"),
+        ("--hidden_multiplier", 0, "n_hidden must be at least 1"),
+        ("--hidden_multiplier", 0.01, "n_hidden must be at least 1, got 0 from hidden_multiplier 0.01 and inputs of"),
+        ("--batch_size", 100_000, "the text is too short: it holds .* fewer than one batch of 100000"),
+        ("--recipe", "unknown", "no recipe 'unknown': expected one of pythia-410m, "),
+        ("--report_to", "trackio", "the package trackio is not installed"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(
+    tiny_fit: TinyFit, tmp_path: Path, flag: str, value: str | Callable[[Path], Path], sentence: str
+) -> None:
+    value = value(tmp_path) if callable(value) else value
+    finished = tiny_fit.run(tmp_path / "run", flag, value, sabotage=("hide_package", "trackio"))
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert re.match(f"error: .*{sentence}", error)
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "run" / "layer_0").exists()
+
+
+def test_an_unknown_flag_is_refused_at_once(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    finished = tiny_fit.run(tmp_path / "run", "--learning_rate", 1)
+    assert finished.returncode == 2
+    assert "unrecognized arguments: --learning_rate 1" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def late_token(tiny_fit: TinyFit) -> tuple[int, int]:
+    """A token that the fit's text holds from a late step on, and that step."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_fit.base)
+    stream: list[int] = []
+    for line in (tiny_fit.text / "shard-0.jsonl").read_text().splitlines():
+        stream += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
+    first = {token: position for position, token in reversed(list(enumerate(stream)))}
+    steps = {token: position // TOKENS_A_STEP + 1 - CALIBRATION_STEPS for token, position in first.items()}
+    return next((token, step) for token, step in steps.items() if 10 <= step <= 15)
+
+
+def test_a_nan_in_the_base_is_named_with_its_layer_and_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    token, step = late_token(tiny_fit)
+    shutil.copytree(tiny_fit.base, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.gpt_neox.embed_in.weight.data[token] = torch.nan
+    model.save_pretrained(base)
+    settings = ("--base", base, "--shuffle_buffer", 0)
+
+    finished = tiny_fit.run(run, *settings)
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert error.startswith(
+        f"error: the MLP input of layer 0 holds a NaN or an infinity at step {step}: expected finite"
+    )
+    assert [history.num_rows for _, history in layers(run).values()] == [step - 1, step - 1]
+    assert checkpoints(run)[-1] == (step - 1) // 4 * 4
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    loads = [{"subfolder": "layer_0"}, {"subfolder": "layer_1"}]
+    for _, _, output in load_in_fresh_process(run, loads, environment, tmp_path / "outputs.pt"):
+        assert output.isfinite().all()
+
+    shutil.copyfile(tiny_fit.base / "model.safetensors", base / "model.safetensors")
+    assert tiny_fit.run(run, *settings).returncode == 0
+    assert_same_layers(run, tiny_fit.reference("--shuffle_buffer", 0))
+
+
+def test_a_diverging_fit_says_so_and_leaves_the_layers_finite(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished = tiny_fit.run(run, "--lr", 1e30)
+    (error,) = finished.errors
+    assert re.match(
+        r"error: the transcoder of layer \d has diverged by step \d+: .* start anew with a lower --lr", error
+    )
+    assert_loads(run)
+
+
+def broken_line(folder: Path) -> Callable[[], None]:
+    """Breaks a line in the middle of the first shard; returns what mends it."""
+    shard = folder / "shard-0.jsonl"
+    whole = shard.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[len(lines) // 2] = b'{"text": "torn\n'
+    shard.write_bytes(b"".join(lines))
+    return lambda: shard.write_bytes(whole) and None
+
+
+def truncated_shard(folder: Path) -> Callable[[], None]:
+    """Makes a zstd file of the shards and cuts it short; returns what mends it."""
+    compressor, whole = zstandard.ZstdCompressor().compressobj(), b""
+    for shard in sorted(folder.iterdir()):
+        for line in shard.read_bytes().splitlines(keepends=True):
+            whole += compressor.compress(line) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        shard.unlink()
+    whole += compressor.flush()
+    (folder / "all.jsonl.zst").write_bytes(whole[: len(whole) // 8])
+    return lambda: (folder / "all.jsonl.zst").write_bytes(whole) and None
+
+
+@pytest.mark.parametrize(
+    ("break_text", "sentence"),
+    [
+        (broken_line, r"line \d+ of .*/shard-0.jsonl is not JSON"),
+        (truncated_shard, "all.jsonl.zst cannot be read past line .* in the middle of a zstd frame"),
+    ],
+)
+def test_broken_text_is_named_and_costs_no_step(
+    tiny_fit: TinyFit, tmp_path: Path, break_text: Callable[[Path], Callable[[], None]], sentence: str
+) -> None:
+    run, text = tmp_path / "run", tmp_path / "text"
+    write_text(text)
+    mend = break_text(text)
+    settings = ("--dataset", text / "*.jsonl*")
+    finished = tiny_fit.run(run, *settings)
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert re.search(sentence, error)
+    steps = int(re.search(rf"\(all (\d+) steps before it are saved in {run}\)$", error)[1])
+    assert 0 < steps < 24
+    assert checkpoints(run)[-1] == steps
+    assert [history.num_rows for _, history in layers(run).values()] == [steps, steps]
+    assert_loads(run)
+
+    mend()
+    resumed = tiny_fit.run(run, *settings)
+    assert f"after step {steps} of 24" in resumed.stdout
+    assert_same_layers(run, tiny_fit.reference())
+
+
+def test_a_lost_tokenising_worker_costs_no_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("--seq_len", 64, "--batch_size", 64, "--max_steps", 60, "--tokenizer_workers", 1)
+    fit = tiny_fit.start(run, *settings)
+    wait_until(lambda: checkpoints(run)[-1:] > [0])
+    (worker,) = psutil.Process(fit.pid).children()
+    worker.kill()
+    finished = fit.wait()
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert "a tokenising worker process ended unexpectedly (exit status -9" in error
+    last = checkpoints(run)[-1]
+    assert f"(all {last} steps before it are saved in {run})" in error
+    assert_loads(run)
+
+    resumed = tiny_fit.run(run, *settings)
+    assert f"after step {last} of 60" in resumed.stdout
+    assert_same_layers(run, tiny_fit.reference(*settings))
+
+
+@pytest.mark.parametrize(
+    ("full_at", "size", "sentence", "last", "rows"),
+    [
+        (
+            "step_00000012",
+            20_000,
+            "the checkpoint .*/step_00000012.pt could not be written .*: that of step 8 is whole; make room",
+            8,
+            [8, 8],
+        ),
+        (
+            "layer_1/",
+            6_000,
+            "the layers could not all be written to .*: those that are there are whole, .*; make room on the disk",
+            4,
+            [4, 0],
+        ),
+    ],
+)
+def test_a_full_disk_leaves_what_was_saved(
+    tiny_fit: TinyFit, tmp_path: Path, full_at: str, size: int, sentence: str, last: int, rows: list[int]
+) -> None:
+    """While a checkpoint is written, and while layers are; the disk is full for any file larger than `size`."""
+    run = tmp_path / "run"
+    finished = tiny_fit.run(run, sabotage=("fill_disk_at", full_at, size))
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert re.match(f"error: {sentence}", error)
+    assert checkpoints(run)[-1] == last
+    assert partial(run) == []
+    assert [history.num_rows for _, history in layers(run).values()] == rows
+    assert_loads(run)
+
+    assert f"after step {last} of 24" in tiny_fit.run(run).stdout
+    assert_same_layers(run, tiny_fit.reference())

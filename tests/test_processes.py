@@ -1,0 +1,146 @@
+"""Several processes fit what one fits, whatever starts them, and none waits for one that has gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from fitting import (
+    DEADLINE,
+    Finished,
+    TinyFit,
+    assert_loads,
+    assert_same_layers,
+    checkpoints,
+    layers,
+    partial,
+    wait_until,
+)
+from safetensors.torch import load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOST = (
+    "another process of this launch has ended or cannot be reached (its own error, if it had time for one, is above); "
+    "what was last saved is whole: run the same command to go on"
+)
+
+
+def run_processes(tiny_fit: TinyFit, count: int, run: Path, *flags: object, **settings: object) -> list[Finished]:
+    fits = tiny_fit.server.start_processes(count, tiny_fit.flags(run, *flags), **settings)
+    return [fit.wait() for fit in fits]
+
+
+def assert_close_layers(run: Path, reference: Path) -> None:
+    """Weights and histories are the same up to rounding."""
+    ours, theirs = layers(run), layers(reference)
+    assert ours.keys() == theirs.keys()
+    for name, (weights, history) in ours.items():
+        tensors, expected = load(weights), load(theirs[name][0])
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
+        assert history["tokens"] == theirs[name][1]["tokens"]
+        assert history["fvu"].to_pylist() == pytest.approx(theirs[name][1]["fvu"].to_pylist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["--pack", "--no_pack"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_same_global_batch_gives_the_same_curve(
+    tiny_fit: TinyFit, tmp_path: Path, count: int, packing: str
+) -> None:
+    """22 sequences a batch do not divide by 3."""
+    settings, run = ("--max_steps", 8, packing), tmp_path / "run"
+    for finished in run_processes(tiny_fit, count, run, *settings):
+        assert finished.returncode == 0, finished.stderr
+    assert yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]["processes"] == count
+    assert_close_layers(run, tiny_fit.reference(*settings))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(tiny_fit: TinyFit, tmp_path: Path, lost: int) -> None:
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert [finished.returncode for finished in run_processes(tiny_fit, 2, undisturbed)] == [0, 0]
+
+    fits = tiny_fit.server.start_processes(2, tiny_fit.flags(run))
+    wait_until(lambda: checkpoints(run)[-1:] > [4])
+    fits[lost].kill()
+    survivor = fits[1 - lost].wait()
+    assert fits[lost].wait().returncode == -signal.SIGKILL
+    assert survivor.returncode == 1
+    assert survivor.errors == [f"error: {LOST}" if lost else f"error (process 1): {LOST}"]
+    assert_loads(run)
+    last = checkpoints(run)[-1]
+
+    resumed = run_processes(tiny_fit, 2, run)
+    assert [finished.returncode for finished in resumed] == [0, 0]
+    assert f"resuming {run} after step {last} of 24" in resumed[0].stdout
+    assert partial(run) == []
+    assert_same_layers(run, undisturbed)
+
+
+def test_asking_one_process_to_stop_stops_all_and_one_can_go_on(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fits = tiny_fit.server.start_processes(2, tiny_fit.flags(run))
+    wait_until(lambda: checkpoints(run)[-1:] > [0])
+    fits[1].kill(signal.SIGTERM)
+    stopped = [fit.wait() for fit in fits]
+    last = checkpoints(run)[-1]
+    assert [finished.returncode for finished in stopped] == [1, 1]
+    assert stopped[0].errors[0].startswith(f"error: stopped after step {last} of 24, which is saved in {run}")
+    assert tiny_fit.run(run).returncode == 0
+    assert_close_layers(run, tiny_fit.reference())
+
+
+def test_a_failure_of_the_main_process_ends_all_and_is_told_once(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main, other = run_processes(tiny_fit, 2, run, sabotage=("fill_disk_at", "step_00000012", 20_000))
+    assert (main.returncode, other.returncode) == (1, 1)
+    assert main.errors[0].startswith(f"error: the checkpoint {run}/checkpoints/step_00000012.pt could not be written")
+    assert other.errors == []
+    refused, other = run_processes(tiny_fit, 2, run, "--lr", 0.5)
+    assert "lr was 0.02, is 0.5" in refused.errors[0]
+    assert (other.returncode, other.errors) == (1, [])
+
+
+def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2`, of which one is killed."""
+    run = tmp_path / "run"
+    flags = tiny_fit.flags(run, "--max_steps", 100_000, "--report_to", "tensorboard")
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "--cpu", "--num_processes", "2", "train/fit.py", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    launch = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: launch.poll() is not None or checkpoints(run)[-1:] > [4])
+        workers = [p for p in psutil.Process(launch.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
+        by_rank = {worker.environ()["LOCAL_RANK"]: worker for worker in workers if worker.environ()["LOCAL_RANK"]}
+        assert sorted(by_rank) == ["0", "1"]
+        by_rank["1"].kill()
+        _, printed = launch.communicate(timeout=DEADLINE)
+    finally:
+        for process in psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []:
+            process.kill()
+        launch.kill()
+    assert launch.returncode != 0
+    assert f"error: {LOST}" in printed
+    assert_loads(run)
+
+    facts = yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert (facts["processes"], facts["device"]) == (2, f"{max(1, cores // 2)} CPU threads")
+
+    events = EventAccumulator(str(run / "checkpoints" / "logs" / "bilinear-tc")).Reload()
+    histories = {name: history["fvu"].to_pylist() for name, (_, history) in layers(run).items()}
+    for name, curve in histories.items():
+        told = {event.step: event.value for event in events.Scalars(f"fvu/{name}")}
+        assert [told[step] for step in range(1, len(curve) + 1)] == pytest.approx(curve, rel=1e-6)
+    means = {event.step: event.value for event in events.Scalars("mean_fvu")}
+    expected = [sum(values) / 2 for values in zip(*histories.values(), strict=True)]
+    assert [means[step] for step in range(1, len(expected) + 1)] == pytest.approx(expected, rel=1e-6)
