@@ -291,3 +291,38 @@ def test_a_broken_line_is_named_and_what_was_read_before_stays(tmp_path: Path, l
             read.extend(documents)
         assert read == TEXTS[:5]
         assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz", "parquet"])
+def test_a_truncated_shard_is_named_and_what_was_read_before_stays(tmp_path: Path, kind: str) -> None:
+    source = write_source(tmp_path, kind)
+    shard = tmp_path / f"b.{kind}"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    documents = Documents(source)
+    read = []
+    with pytest.raises(TextError, match=rf"b\.{kind} cannot be read") as caught:
+        read.extend(documents)
+    assert read[:9] == TEXTS[:9]
+    assert read == TEXTS[: len(read)]
+    assert "\n" not in str(caught.value)
+    state = documents.state_dict()
+    shard.write_bytes(whole)
+    mended = Documents(source)
+    mended.load_state_dict(state)
+    assert list(mended) == TEXTS[len(read) :]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "parquet", "json"])
+def test_a_truncated_first_shard_is_named(tmp_path: Path, kind: str) -> None:
+    source = write_source(tmp_path, kind)
+    shard = tmp_path / f"a.{kind}"
+    shard.write_bytes(shard.read_bytes()[:40])
+    assert f"a.{kind} cannot be read" in message(dataset=source)
+
+
+def test_splits_may_have_different_columns(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"question": "a"}\n')
+    (tmp_path / "validation.json").write_text('{"text": "b"}\n')
+    assert list(Documents(str(tmp_path), split="validation")) == ["b"]
+    assert "its columns are 'question'" in message(dataset=str(tmp_path))
