@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,7 +70,6 @@ class Base:
         prefix = f"{model.base_model_prefix}.{blocks_name}" if model.base_model is not model else blocks_name
         self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
         self._blocks_name = blocks_name
-        self._pass: Callable[..., dict[int, tuple[Tensor, Tensor]]] = self._forward_pass
         self.num_layers = len(blocks)
         self.n_inputs, self.n_outputs = mlp_widths(self.mlp(self.layers[0]))
         self.widest_map = max(width for pair in linear_maps(self.mlp(self.layers[0])).values() for width in pair)
@@ -117,8 +116,15 @@ class Base:
         setattr(decoder.get_submodule(parent_name), name, blocks[: self.layers[-1] + 1])
 
     def compile(self) -> None:
-        """Compiles the decoder, hooks and all, for `activations`: its elementwise work fuses."""
-        self._pass = torch.compile(self._forward_pass, dynamic=False)
+        """Compiles the parts of each layer (attention, MLP, norms of no single kernel): their elementwise work fuses.
+
+        One compilation of a part serves all layers. The decoder around them stays as it is: traced as a whole it would
+        take minutes, spell out the causal mask (which costs the fast attention kernels), and hold on to the hooks.
+        """
+        for block in self.model.base_model.get_submodule(self._blocks_name):
+            parts = (part for part in block.children() if not type(part).__module__.startswith("torch."))
+            for part in parts:
+                part.forward = torch.compile(part.forward, dynamic=False)
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -137,18 +143,10 @@ class Base:
 
         handles = [self.mlp(layer).register_forward_hook(capture) for layer in self.layers]
         try:
-            return self._pass(input_ids, captured)
+            self.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _forward_pass(
-        self, input_ids: Tensor, captured: list[tuple[Tensor, Tensor]]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """The forward pass that fills `captured`; `layers` is read in here, since the compiler would not notice
-        a hook that was not there when it traced the decoder.
-        """
-        self.model.base_model(input_ids=input_ids, use_cache=False)
         return dict(zip(self.layers, captured, strict=True))
 
 

@@ -294,7 +294,8 @@ def main() -> None:
     count = settings.baseline_layers or (len(layers) if settings.shape == "quickstart" else 1)
     base.layers = layers
     base.model.float()
-    one_layer = time_baseline(recipe, base, layers[:count], batches[: settings.baseline_steps + 1], device)
+    with torch.compiler.set_stance("force_eager"):
+        one_layer = time_baseline(recipe, base, layers[:count], batches[: settings.baseline_steps + 1], device)
     hidden = recipe.n_hidden(base.n_inputs)
     baseline_flops = len(layers) * (
         base_flops(config, config.num_hidden_layers, tokens, recipe.seq_len, lm_head=True)
