@@ -42,8 +42,8 @@ def fit(recipe: Recipe) -> None:
     on_main(accelerator, lambda: check_run(run, recipe))
     if not on_main(accelerator, lambda: is_finished(run, recipe)):
         on_main(accelerator, lambda: check_text(recipe))
-        on_main(accelerator, lambda: begin_run(run, recipe))
         base = load_base(recipe, accelerator)
+        on_main(accelerator, lambda: begin_run(run, recipe))
         fit_layers(run, recipe, base, accelerator)
         if recipe.eval_split is not None:
             evaluate_fit(run, recipe, base, accelerator)
