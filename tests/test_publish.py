@@ -27,7 +27,7 @@ from tiny_run import write_tiny_run
 
 from bilinear_tc.upload.hub import HubRepository, compare
 from bilinear_tc.upload.publish import Publication
-from bilinear_tc.upload.repository import build_repository, check_run, hash_file, list_files
+from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
 
 REPO = "tester/set"
 LAYER_FILES = {"config.json", "model.safetensors", "config.yaml", "history.parquet"}
@@ -274,14 +274,14 @@ def test_everything_wrong_with_a_run_is_said_at_once(hub: HubServer, publisher: 
         ("n_inputs", "12 in layer_7"),
     ]
     for words in expected:
-        assert any(all(word in problem for word in words) for problem in problems), (words, problems)
+        assert any(all(word in problem for word in words) for problem in problems), (words, done.stderr)
     assert hub.requests == []
 
 
 def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher, run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layers": "0-2", "max_steps": 50}))
-    with pytest.raises(ValueError, match=r"layer_2 is missing(.|\n)*layer_0 was fitted for 5 of 50 steps"):
+    with pytest.raises(UnfitRun, match=r"layer_2 is missing(.|\n)*layer_0 was fitted for 5 of 50 steps"):
         check_run(run)
     done = publisher.command(run, "--repo_id", REPO, "--allow_partial")
     assert done.returncode == 0, done.output
@@ -410,7 +410,8 @@ def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(
             process = publisher.start(send, update.new, update.settings)
             started.set()
             killed = publisher.finish(process)
-            assert killed.returncode == -signal.SIGKILL, (nth, hub.requests, killed.output)
+            # 255: multiprocessing knows that the process died and not of what
+            assert killed.returncode in (-signal.SIGKILL, 255), (nth, hub.requests, killed.output)
             assert published(hub) in update.sets
             again = publisher.send(update.new, update.settings)
             assert again.returncode == 0, (nth, hub.requests, again.output)
@@ -458,11 +459,11 @@ def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(upda
 @pytest.mark.parametrize("fault", [503, "drop"])
 def test_a_hub_that_stays_down_ends_the_command_in_one_sentence(update: Update, fault: Fault) -> None:
     with update.hub(f"down-{fault}") as hub:
-        hub.fail(3, fault, times=1000)
+        hub.fail(1, fault, times=1000)
         done = Publisher(hub, update.folder / f"down-{fault}-home").send(update.new, update.settings)
         assert done.returncode == 1
         assert re.fullmatch(r"error: the .*failed 5 times.*run the command again.*\n", done.stderr), done.stderr
-        assert len(hub.requests) == 2 + 5
+        assert len(hub.requests) == 5
         assert published(hub) == update.sets[0]
         hub.heal()
         again = Publisher(hub, update.folder / f"up-{fault}-home").send(update.new, update.settings)

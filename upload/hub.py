@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -56,10 +56,11 @@ class Changes:
 
 @dataclass(frozen=True)
 class State:
-    """A commit that holds the set, and the page to look at it."""
+    """A commit that holds the set, the page to look at it, and the revision to load it by."""
 
     commit: str
     url: str
+    revision: str
 
 
 def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
@@ -112,7 +113,7 @@ class HubRepository:
             except (HubRefusal, *expect):
                 raise
             except Exception as error:
-                if not from_network(error):
+                if network_error(error) is None:
                     raise
                 if not may_pass(error) or attempt == self.attempts:
                     raise HubRefusal(self.explain(error)) from error
@@ -156,15 +157,13 @@ class HubRepository:
             raise HubRefusal("there is no Hub token: log in with `hf auth login`, or set HF_TOKEN to a write token")
         self.ask(self.api.whoami)
 
-    def head(self) -> str | None:
-        """The commit that the revision names; None where the repository or the revision does not exist."""
+    def head(self, revision: str | None = None) -> str | None:
+        """The commit that a revision (this one's own, by default) names; None where there is none."""
         try:
-            return self._head()
+            name = revision or self.revision
+            return self.ask(lambda: self.api.repo_info(self.repo_id, revision=name), expect=NOT_FOUND).sha
         except NOT_FOUND:
             return None
-
-    def _head(self) -> str:
-        return self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision), expect=NOT_FOUND).sha
 
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """Every file at a commit."""
@@ -180,10 +179,14 @@ class HubRepository:
         refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id))
         return {tag.name: tag.target_commit for tag in refs.tags}
 
+    def state(self, commit: str) -> State:
+        """The branch's state at a commit of it."""
+        return State(commit, self.url, self.revision)
+
     def find_on_branch(self, local: Mapping[str, LocalFile]) -> State | None:
         """The state of the branch, if it holds the set."""
         head = self.head()
-        return State(head, self.url) if head and not compare(local, self.files(head)) else None
+        return self.state(head) if head and not compare(local, self.files(head)) else None
 
     def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
         """The newest pull request that grew from `parent` and holds the set."""
@@ -194,7 +197,7 @@ class HubRepository:
             # one that was merged grew from an older state than the branch is in now
             if parent in {ancestor.commit_id for ancestor in ancestors} and not compare(local, self.files(commit)):
                 number = pull_request.ref.rsplit("/", 1)[1]
-                return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}")
+                return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}", commit)
         return None
 
     # Writing
@@ -202,23 +205,24 @@ class HubRepository:
     def ensure(self, *, private: bool) -> str:
         """Makes the repository and the branch where they do not exist; returns the commit that the branch is at."""
         try:
-            held = self.ask(lambda: self.api.repo_info(self.repo_id), expect=NOT_FOUND)
+            is_public = not self.ask(lambda: self.api.repo_info(self.repo_id), expect=NOT_FOUND).private
         except NOT_FOUND:
+            is_public = None
+        if is_public is None:
             # where it was not asked for, `private` is left to the owner's own default
             self.ask(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
-        else:
-            if private and not held.private:
-                raise HubRefusal(
-                    f"{self.repo_id} exists and is public, and --private only makes new repositories private: "
-                    "change it in the repository's settings on the Hub, or leave --private out"
-                )
+        elif is_public and private:
+            raise HubRefusal(
+                f"{self.repo_id} exists and is public, and --private only makes new repositories private: "
+                "change it in the repository's settings on the Hub, or leave --private out"
+            )
         return self.head() or self._create_branch()
 
     def _create_branch(self) -> str:
         if self.revision.startswith("refs/"):
             raise HubRefusal(f"{self.repo_id} has no {self.revision}: check --revision")
         self.ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
-        return self._head()
+        return self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision)).sha
 
     def publish(
         self,
@@ -253,7 +257,7 @@ class HubRepository:
                 info = self.api.create_commit(
                     self.repo_id, operations, commit_message=message, parent_commit=parent, **options
                 )
-                return State(info.oid, info.pr_url or self.url)
+                return State(info.oid, info.pr_url, info.oid) if create_pr else self.state(info.oid)
 
             with warnings.catch_warnings():
                 # the histories are meant to lie in a model repository
@@ -306,28 +310,24 @@ def remote_file(entry: RepoFile) -> RemoteFile:
     return RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.lfs is not None)
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from: libraries wrap what went wrong on the wire."""
+def network_error(error: BaseException) -> BaseException | None:
+    """The Hub's answer, or the failure of the way to it, that an error came from: libraries wrap what went wrong on
+    the wire. None where it came from neither."""
     step: BaseException | None = error
-    while step is not None:
-        yield step
+    while step is not None and not isinstance(step, TRANSPORT_ERRORS):
         step = step.__cause__ or step.__context__
+    return step
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error came from, if it came from an answer."""
-    answers = (getattr(step, "response", None) for step in causes(error))
-    return next((answer.status_code for answer in answers if answer is not None), None)
-
-
-def from_network(error: BaseException) -> bool:
-    """Whether an error came from the Hub's answer or the way to it."""
-    return any(isinstance(step, TRANSPORT_ERRORS) for step in causes(error))
+    """The HTTP status that an error came from; None where no answer came."""
+    response = getattr(network_error(error), "response", None)
+    return None if response is None else response.status_code
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed later: the connection failed, or the Hub said that it is in trouble."""
-    return from_network(error) and status_of(error) in {None, *PASSING}
+    """Whether the same call may succeed later: no answer came, or the Hub said that it is in trouble."""
+    return status_of(error) in {None, *PASSING}
 
 
 def redacted(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from bilinear_tc.train.command import command_line
 from bilinear_tc.upload.hub import Changes, HubRepository, State, compare
-from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_run, list_files, load_layer
+from bilinear_tc.upload.repository import (
+    DTYPES,
+    LocalFile,
+    UnfitRun,
+    build_repository,
+    check_run,
+    list_files,
+    load_layer,
+)
 
 FOLDER = "repository"
 
@@ -73,7 +82,8 @@ def publish(run: Path, settings: Publication) -> State | None:
         The commit that holds the set, None from a dry run.
 
     Raises:
-        ValueError: the run is not fit to publish; all that is wrong with it, a line each.
+        UnfitRun: the run is not fit to publish; all that is wrong with it, a line each.
+        ValueError: there is no run.
         RuntimeError: the Hub refused, or does not hold what was sent; one sentence with the remedy.
         OSError: RUN/repository cannot be written.
     """
@@ -116,7 +126,7 @@ def bring_up_to_date(
     """Makes the Hub hold the set, unless it does already."""
     parent = hub.ensure(private=settings.private)
     changes = compare(local, hub.files(parent))
-    state = State(parent, hub.url) if not changes else None
+    state = None if changes else hub.state(parent)
     if changes and settings.create_pr:
         state = hub.find_pull_request(local, parent)
     if state:
@@ -132,14 +142,14 @@ def bring_up_to_date(
 
 def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
     """Lists the files with their sizes, and what publishing them would change."""
-    head = hub.head()
+    head = hub.head() or hub.head("main")  # where a new branch starts
     changes = compare(local, hub.files(head) if head else {})
     marks = dict.fromkeys(changes.added, "+") | dict.fromkeys(changes.replaced, "~")
     for path, file in local.items():
         print(f"{marks.get(path, '=')} {readable_size(file.size):>9}  {path}")
     for path in changes.removed:
         print(f"- {'':>9}  {path}")
-    print(f"dry run, nothing was sent: publishing to {hub.repo_id} would leave {summary(changes)}")
+    print(f"dry run, nothing was sent; publishing to {hub.repo_id} means {summary(changes)}")
 
 
 def verify(
@@ -196,7 +206,7 @@ def sha256_of(path: Path) -> str:
 
 def load_line(settings: Publication, state: State, layer: int) -> str:
     """The line that loads a layer."""
-    revision = state.commit if settings.create_pr else settings.tag or settings.revision
+    revision = settings.tag or state.revision
     at = "" if revision == "main" else f', revision="{revision}"'
     return f'AutoModel.from_pretrained("{settings.repo_id}", subfolder="layer_{layer}"{at}, trust_remote_code=True)'
 
@@ -225,7 +235,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
     settings, rest = parser.parse_args_into_dataclasses()
     disable_progress_bar()  # transformers' bars, one a layer; the uploads keep theirs
-    publish(rest.run, settings)
+    try:
+        publish(rest.run, settings)
+    except UnfitRun as error:  # the only error of several lines
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.recipe import Recipe, read_settings
+from bilinear_tc.train.run import CODE_FILES, PACKAGE
 from bilinear_tc.upload.figures import draw_figures
-from bilinear_tc.upload.legacy import export_checkpoint
 from bilinear_tc.upload.model_card import write_model_card
+from bilinear_tc.upload.pt_checkpoint import export_checkpoint
 from bilinear_tc.upload.results import layer_folders, read_evaluation, read_history, read_yaml
 
-PACKAGE = Path(__file__).resolve().parent.parent
-CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
 LAYER_FILES = ("config.json", "model.safetensors", "config.yaml", "history.parquet")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,6 +35,10 @@ LAYOUT = re.compile(
     r"|figures/(all_layers_comparison|training_curves_overlaid_layers_\d+_\d+)\.png"
     r"|layer_\d+/(config\.json|model\.safetensors|config\.yaml|history\.parquet|transcoder_weights_l\d+_\w+\.pt)"
 )
+
+
+class UnfitRun(ValueError):
+    """All that is wrong with a run, a line each."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
         The layers, ascending.
 
     Raises:
-        ValueError: all that is wrong with the run, a line each.
+        UnfitRun: all that is wrong with the run, a line each.
+        ValueError: it is no run at all.
     """
     if not run.is_dir():
         raise ValueError(f"{run} is no folder: expected a run, as train/fit.py writes it")
@@ -74,7 +78,8 @@ def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
     problems = [problem for layer, folder in layers.items() for problem in layer_problems(layer, folder)]
     problems += disagreements(layers.values())
     try:
-        recipe = Recipe(**read_settings(run / "recipe.yaml"))
+        # an imported run's recipe holds what is known: where that is not the number of steps, any number will do
+        recipe = Recipe(**{"max_steps": 0, **read_settings(run / "recipe.yaml")})
     except FileNotFoundError:
         problems.append("recipe.yaml is missing")
     except (ValueError, TypeError) as error:
@@ -83,7 +88,7 @@ def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
         problems += recipe_problems(recipe, layers, allow_partial=allow_partial)
     problems += evaluation_problems(run)
     if problems:
-        raise ValueError("\n  ".join([f"{run} cannot be published as it is:", *problems]))
+        raise UnfitRun("\n  ".join([f"{run} cannot be published as it is:", *problems]))
     return list(layers)
 
 
@@ -227,7 +232,7 @@ def build_repository(
     for layer in layers:
         add_layer(run / f"layer_{layer}", scratch / f"layer_{layer}", save_dtype)
         if with_pt:
-            export_checkpoint(run, layer, scratch / f"layer_{layer}")
+            export_checkpoint(scratch, layer, scratch / f"layer_{layer}")
     draw_figures(scratch)
     write_model_card(scratch, repo_id=repo_id, author=author)
     shutil.rmtree(folder, ignore_errors=True)
