@@ -295,12 +295,18 @@ def list_layers(where: str, revision: str | None) -> list[int]:
     """The layers that a run's folder or a Hub repository holds.
 
     Raises:
-        ValueError: where it holds none.
+        ValueError: where it holds none, or is not there.
     """
     if Path(where).is_dir():
         names = [path.relative_to(where).as_posix() for path in Path(where).glob("layer_*/config.json")]
     else:
-        names = list_repo_files(where, revision=revision)
+        try:
+            names = list_repo_files(where, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no transcoders at {where!r}: expected a run's folder or a Hub repository that you can read, got "
+                f"{type(error).__name__}"
+            ) from error
     matches = (re.fullmatch(r"layer_(\d+)/config\.json", name) for name in names)
     layers = sorted(int(match[1]) for match in matches if match)
     if not layers:
