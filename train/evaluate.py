@@ -36,6 +36,7 @@ from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.tokens import TokenBatch
 
 AFFINE_RIDGE = 1e-6
+MICRO_BATCH_SIZE = 32  # sequences that the base runs on at once
 
 
 @dataclass
@@ -150,7 +151,7 @@ def solve_affine(
         torch.stack([t.input_mean for t in transcoders]), torch.stack([t.output_mean for t in transcoders])
     )
     for batch in batches:
-        activations.fill(batch, len(batch))
+        activations.fill(batch, MICRO_BATCH_SIZE)
         for layer in range(len(transcoders)):
             equations.add(layer, activations.x[layer].float(), activations.y[layer].float())
     equations.reduce(accelerator)
@@ -224,7 +225,7 @@ def evaluate(
     names = [str(t.config.layer_index) for t in transcoders] + ["all"]
     sums = {name: LossSums(device) for name in ["base", *names, *(f"{name} mean" for name in names)]}
     for batch in batches:
-        activations.fill(batch, max(1, len(batch)))
+        activations.fill(batch, MICRO_BATCH_SIZE)
         errors.add(activations, accelerator)
         if losses:
             add_losses(base, transcoders, sums, batch, device)
@@ -302,7 +303,7 @@ def list_layers(where: str, revision: str | None) -> list[int]:
     else:
         try:
             names = list_repo_files(where, revision=revision)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever keeps huggingface_hub and its HTTP client from answering
             raise ValueError(
                 f"no transcoders at {where!r}: expected a run's folder or a Hub repository that you can read, got "
                 f"{type(error).__name__}"
