@@ -129,7 +129,7 @@ def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit:
             process.kill()
         launch.kill()
     assert launch.returncode != 0
-    assert f"error: {LOST}" in printed
+    assert f"error: {LOST}" in printed, printed
     assert_loads(run)
 
     facts = yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]

@@ -54,9 +54,11 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        # A launcher that has lost one process tells the others to end: one that is ending already says why first.
+        if error_type is None:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: object) -> None:
         self._received = True
