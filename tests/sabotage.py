@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+import psutil
+
 
 def die_at(event: str, path_part: str, delay: str = "0") -> None:
     """SIGKILL, `delay` seconds after Python is about to do something to a file: an audit event such as "os.rename"."""
@@ -32,6 +34,12 @@ def fill_disk_at(path_part: str, size: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
 
     sys.addaudithook(hook)
+
+
+def leave_little_memory() -> None:
+    """As if other processes had taken all memory but 1 MiB."""
+    whole = psutil.virtual_memory()
+    psutil.virtual_memory = lambda: whole._replace(available=1 << 20)
 
 
 def hide_package(name: str) -> None:

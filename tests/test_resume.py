@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, wait_until, write_text
 
@@ -49,6 +50,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyF
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path, number: signal.Signals) -> None:
+    """And goes on with the same bits where there is less memory to choose a micro-batch for."""
     settings, run = ("--max_steps", 96), tmp_path / "run"
     fit = tiny_fit.start(run, *settings)
     wait_until(lambda: checkpoints(run)[-1:] > [0])
@@ -61,13 +63,26 @@ def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path,
     ]
     assert [history.num_rows for _, history in layers(run).values()] == [last, last]
     assert_loads(run)
-    seconds = fit_facts(run)["seconds"]
 
-    finished = tiny_fit.run(run, *settings)
+    finished = tiny_fit.run(run, *settings, sabotage=["leave_little_memory"])
     assert f"resuming {run} after step {last} of 96" in finished.stdout
     assert "closed form" not in finished.stderr
     assert_same_layers(run, tiny_fit.reference(*settings))
-    assert fit_facts(run)["seconds"] > seconds
+
+
+def test_wall_time_adds_up_over_resumes(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """A checkpoint is dated back a thousand seconds, of which the resumed fit knows nothing else."""
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.rename", "step_00000012", "0")).returncode < 0
+    newest = run / "checkpoints" / "step_00000008.pt"
+    state = torch.load(newest)
+    assert 0 < state["progress"]["seconds"] < 1000
+    state["progress"]["seconds"] += 1000
+    torch.save(state, newest)
+    assert tiny_fit.run(run).returncode == 0
+    facts = yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]
+    assert state["progress"]["seconds"] < facts["seconds"] < 2000
+    assert (facts["steps"], facts["tokens"], facts["processes"]) == (24, (24 + 3) * 22 * 32, 1)
 
 
 def test_text_read_before_a_stop_is_not_read_again(tiny_fit: TinyFit, tmp_path: Path) -> None:
@@ -121,6 +136,14 @@ def test_killed_between_checkpoint_and_layers_it_writes_the_layers(tiny_fit: Tin
     assert_same_layers(run, tiny_fit.reference())
 
 
+def test_killed_while_layers_are_first_written_each_is_whole_or_absent(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.rename", "layer_1.", "0")).returncode < 0
+    assert sorted(layers(run)) == ["layer_0"]
+    assert_loads(run)
+    assert [name for name in partial(run) if "layer_1" in name]
+
+
 def test_a_changed_recipe_is_refused_by_name(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert tiny_fit.run(run, "--max_steps", 4).returncode == 0
@@ -157,8 +180,3 @@ def test_a_damaged_checkpoint_is_named(tiny_fit: TinyFit, tmp_path: Path) -> Non
     newest.unlink()
     assert tiny_fit.run(run).returncode == 0
     assert_same_layers(run, tiny_fit.reference())
-
-
-def fit_facts(run: Path) -> dict:
-    """What the fit measured of itself, as layer 0's config.yaml tells it."""
-    return yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]
