@@ -75,14 +75,14 @@ def test_an_unknown_flag_is_refused_at_once(tiny_fit: TinyFit, tmp_path: Path) -
 
 
 def late_token(tiny_fit: TinyFit) -> tuple[int, int]:
-    """A token that the fit's text holds from a late step on, and that step."""
+    """A token that the fit's text holds from a late step on, not the one after a checkpoint, and that step."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_fit.base)
     stream: list[int] = []
     for line in (tiny_fit.text / "shard-0.jsonl").read_text().splitlines():
         stream += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
     first = {token: position for position, token in reversed(list(enumerate(stream)))}
     steps = {token: position // TOKENS_A_STEP + 1 - CALIBRATION_STEPS for token, position in first.items()}
-    return next((token, step) for token, step in steps.items() if 10 <= step <= 15)
+    return next((token, step) for token, step in steps.items() if 10 <= step <= 15 and step % 4 != 1)
 
 
 def test_a_nan_in_the_base_is_named_with_its_layer_and_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
