@@ -52,7 +52,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_path_that_the_readme_names_exists():
-    paths = re.findall(r"`((?:train|upload|tests)/[\w./-]+)`", README)
+    paths = re.findall(r"(?:train|upload)/[\w/-]+\.(?:py|md)", README)
     assert paths
     for path in paths:
         assert (REPOSITORY / path).exists(), path
