@@ -59,12 +59,15 @@ class Fitter:
         share = -(-recipe.batch_size // accelerator.num_processes)
         self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
-        self.micro_rows = self.micro_batch_size * recipe.seq_len
-        if device.type == "cpu":
-            self.micro_rows = min(self.micro_rows, CPU_ROWS)
         self.optimizers = make_optimizers(recipe, self.stack)
         if compiled:
             base.compile()
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows that the transcoders work on at once."""
+        rows = self.micro_batch_size * self.recipe.seq_len
+        return min(rows, CPU_ROWS) if self.accelerator.device.type == "cpu" else rows
 
     def start(self, batches: Sequence[TokenBatch]) -> int:
         """The closed-form start, on a calibration sample; returns the sample's tokens, over all processes."""
