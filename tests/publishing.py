@@ -80,7 +80,8 @@ def start_forkserver(home: Path) -> None:
     """Imports everything once, in the process that the others are forked from, with `home` as its HF_HOME."""
     before = dict(os.environ)
     try:
-        os.environ.update(HF_HOME=str(home), OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ.update(HF_HOME=str(home), OMP_NUM_THREADS="1", PYTHONPATH=path)
         Publisher._context.set_forkserver_preload(["publishing"])
         warm_up = Publisher._context.Process(target=str)
         warm_up.start()
