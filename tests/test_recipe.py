@@ -1,5 +1,7 @@
 """Recipes: what files and flags set, and what is refused before any work."""
 
+import re
+
 import pytest
 import yaml
 
@@ -69,7 +71,16 @@ def test_layers(layers, indices):
         (["--layers", "5-2"], "layers must read like 0-5,9, got '5-2'"),
         (["--layers", "first"], "layers must read like 0-5,9"),
         (["--momentum", "1"], "momentum must be at least 0 and below 1"),
-        (["--weight_decay", "-0.1"], "weight_decay must not be negative"),
+        (["--momentum", "nan"], "momentum must be at least 0 and below 1, got nan"),
+        (["--weight_decay", "-0.1"], "weight_decay must be a number that is not negative, got -0.1"),
+        (["--weight_decay", "nan"], "weight_decay must be a number that is not negative, got nan"),
+        (["--weight_decay", "inf"], "weight_decay must be a number that is not negative, got inf"),
+        (["--hidden_multiplier", "nan"], "hidden_multiplier must be a positive number, .*, got nan"),
+        (["--hidden_multiplier", "inf"], "hidden_multiplier must be a positive number, .*, got inf"),
+        (["--lr", "nan"], "lr must be a positive number, got nan"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", str(2**64)], f"seed must fit in 64 bits, got {2**64}"),
+        (["--layers", "0-9999999999"], "layers must be below 10000, got '0-9999999999'"),
         (["--form", "input_sum"], "init mlp starts the bilinear form only"),
         (["--bias", "false"], "init mlp needs biases"),
         (["--recipe", "nonesuch"], "no recipe 'nonesuch': expected one of .*quickstart"),
@@ -78,6 +89,41 @@ def test_layers(layers, indices):
 def test_impossible_values_are_refused_in_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         parse_recipe(arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("batch_size: 2.5", "batch_size must be a whole number, got 2.5"),
+        ("batch_size: true", "batch_size must be a whole number, got True"),
+        ("micro_batch_size: 2.5", "micro_batch_size must be a whole number or null, got 2.5"),
+        ("seed: null", "seed must be a whole number, got null"),
+        ("lr: [1, 2]", "lr must be a number, got [1, 2]"),
+        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("momentum: true", "momentum must be a number, got True"),
+        ("weight_decay: .nan", "weight_decay must be a number that is not negative, got nan"),
+        ("pack: 1", "pack must be true or false, got 1"),
+        ("compile: 0.5", "compile must be true or false or null, got 0.5"),
+        ("base_revision: 1234567", "base_revision must be text or null, got 1234567"),
+        ("eval_split: false", "eval_split must be text or null, got False"),
+        ("layers: [0, 1]", "layers must be text or null, got [0, 1]"),
+        ("optimizer: [muon]", "optimizer must be one of muon, normuon, adamw, got ['muon']"),
+        ("1: 2", "sets 1, which no recipe has"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_refused_in_a_sentence(tmp_path, line, sentence):
+    file = tmp_path / "mine.yaml"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Recipe(**read_settings(file))
+
+
+def test_numbers_in_a_file_may_be_written_as_people_write_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 1e-3\nhidden_multiplier: 2\nweight_decay: 0\nlayers: 3\n")
+    for recipe in (Recipe(**read_settings(file)), parse_recipe(["--recipe", str(file)])):
+        assert (recipe.lr, recipe.hidden_multiplier, recipe.weight_decay) == (0.001, 2, 0)
+        assert recipe.layer_indices() == [3]
 
 
 def test_an_unknown_setting_in_a_file_is_named(tmp_path):

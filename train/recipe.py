@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "pythia-410m"
+MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Recipe:
     init_tokens: int = field(
         default=262144, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
     )
-    optimizer: Literal["muon", "adamw"] = field(
+    optimizer: Literal["muon", "normuon", "adamw"] = field(
         default="muon", metadata={"help": "The matrices' optimiser; biases always go by AdamW."}
     )
     lr: float = field(default=0.02, metadata={"help": "Peak learning rate of the matrices."})
@@ -112,9 +117,14 @@ class Recipe:
         Raises:
             ValueError: one sentence that names the field, what was expected and what came.
         """
-        if isinstance(self.eval_split, str) and self.eval_split.lower() == "none":
+        if type(self.layers) is int:  # what YAML makes of `layers: 3`
+            self.layers = str(self.layers)
+        for name, hint in get_type_hints(Recipe).items():
+            check_type(name, hint, getattr(self, name))
+        if self.eval_split is not None and self.eval_split.lower() == "none":
             self.eval_split = None
         for name, least in {
+            "seed": 0,
             "seq_len": 1,
             "batch_size": 1,
             "micro_batch_size": 1,
@@ -128,21 +138,21 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+        # each comparison is written so that a NaN fails it
         for name in ("lr", "bias_lr"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name, hint in get_type_hints(Recipe).items():
-            choices = getattr(hint, "__args__", ())
-            if getattr(hint, "__origin__", None) is Literal and getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.hidden_multiplier <= 0:
+        if not 0 < self.hidden_multiplier < math.inf:
             raise ValueError(
-                f"hidden_multiplier must be positive, since n_hidden must be at least 1, got {self.hidden_multiplier}"
+                "hidden_multiplier must be a positive number, since n_hidden must be at least 1, got "
+                f"{self.hidden_multiplier}"
             )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a number that is not negative, got {self.weight_decay}")
         if self.init == "mlp" and self.form != "bilinear":
             raise ValueError(f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random")
         if self.init == "mlp" and not self.bias:
@@ -153,16 +163,18 @@ class Recipe:
         """The layers that `layers` names, ascending, or None for all.
 
         Raises:
-            ValueError: where it does not read like 0-5,9.
+            ValueError: where it does not read like 0-5,9, or names a layer that no decoder has.
         """
         if self.layers is None:
             return None
         indices: set[int] = set()
-        for part in str(self.layers).split(","):
+        for part in self.layers.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if last < first:
                 raise ValueError(f"layers must read like 0-5,9, got {self.layers!r}")
+            if last >= MOST_LAYERS:
+                raise ValueError(f"layers must be below {MOST_LAYERS}, got {self.layers!r}")
             indices.update(range(first, last + 1))
         return sorted(indices)
 
@@ -182,6 +194,23 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def check_type(name: str, hint: Any, value: Any) -> None:
+    """Refuses a value that is not of its setting's type, as a recipe file may hold; a whole number is a number too.
+
+    Raises:
+        ValueError: one sentence that names the setting, what was expected and what came.
+    """
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        return
+    types = get_args(hint) or (hint,)
+    if type(value) not in types and not (type(value) is int and float in types):
+        expected = " or ".join(TYPE_NAMES[expected] for expected in types)
+        came = "null" if value is None else repr(value)
+        raise ValueError(f"{name} must be {expected}, got {came}")
 
 
 def recipe_file(name: str) -> Path:
@@ -209,9 +238,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one setting a line, got a {type(settings).__name__}")
-    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(Recipe)})
+    unknown = sorted(set(map(str, settings)) - {f.name for f in dataclasses.fields(Recipe)})
     if unknown:
         raise ValueError(f"{path} sets {', '.join(unknown)}, which no recipe has")
+    for name, hint in get_type_hints(Recipe).items():
+        if hint is float and isinstance(settings.get(name), str):
+            with suppress(ValueError):
+                settings[name] = float(settings[name])  # PyYAML takes 1e-3 for text
     return settings
 
 
