@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -25,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from test_hub_loading import load_in_fresh_process, saved_output
 from tiny_run import write_tiny_run
 
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.upload.hub import HubRepository, compare
-from bilinear_tc.upload.publish import Publication
+from bilinear_tc.upload.publish import Publication, same_outputs
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
 
 REPO = "tester/set"
@@ -63,6 +65,13 @@ def local_hashes(folder: Path) -> dict[str, str]:
 def published(hub: HubServer, revision: str = "main") -> dict[str, str]:
     """Path → sha256 of every file on the Hub, without the one that the Hub itself put there."""
     return {path: sha256 for path, sha256 in hub.files(REPO, revision).items() if path != ".gitattributes"}
+
+
+def change_tensors(layer: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Rewrites a layer's weights and statistics."""
+    tensors = load_file(layer / "model.safetensors")
+    changed = {name: change(name, tensor) for name, tensor in tensors.items()}
+    save_file(changed, layer / "model.safetensors", metadata={"format": "pt"})
 
 
 def commits(hub: HubServer, revision: str = "main") -> int:
@@ -130,22 +139,44 @@ def test_an_update_removes_what_no_longer_belongs_in_the_same_commit(
     assert "6 removed" in done.stdout  # layer_2's four files, evaluation.json, the curves of layers 0 to 2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
-    hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
+    hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path, dtype: str
 ) -> None:
+    # inputs far smaller than 1, as a base's first layers have them: at any other scale float16 overflows
+    change_tensors(run / "layer_0", lambda name, tensor: tensor / 1e4 if name.startswith("input") else tensor)
     before = local_hashes(run)
-    done = publisher.command(run, "--repo_id", REPO, "--save_dtype", "bfloat16", "--private")
+    done = publisher.command(run, "--repo_id", REPO, "--save_dtype", dtype, "--private")
     assert done.returncode == 0, done.output
     assert hub.repo(REPO).private
     clone = copy_repository(hub, REPO, tmp_path / "clone")
     kept, sent = (load_file(folder / "layer_1" / "model.safetensors") for folder in (run, clone))
     for name, tensor in sent.items():
         is_statistic = name.endswith(("mean", "std"))
-        assert tensor.dtype == (torch.float32 if is_statistic else torch.bfloat16)
+        assert tensor.dtype == (torch.float32 if is_statistic else getattr(torch, dtype))
         assert torch.equal(tensor, kept[name].to(tensor.dtype))
-    assert "bfloat16" in (clone / "layer_1" / "config.json").read_text()
+    assert dtype in (clone / "layer_1" / "config.json").read_text()
     assert not list(clone.glob("layer_*/*.py"))
     assert {path: sha256 for path, sha256 in local_hashes(run).items() if "repository/" not in path} == before
+
+
+def test_a_cast_that_overflows_is_refused_before_anything_is_sent(
+    hub: HubServer, publisher: Publisher, run: Path
+) -> None:
+    change_tensors(run / "layer_1", lambda name, tensor: tensor * 1e6 if name == "head.weight" else tensor)
+    done = publisher.command(run, "--repo_id", REPO, "--save_dtype", "float16")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: head\.weight of layer_1 .*float16.*65504: .*--save_dtype\n", done.stderr), done.stderr
+    assert changing(hub.requests) == []
+
+
+def test_outputs_that_are_nan_in_both_are_the_same_and_others_are_not(run: Path) -> None:
+    model = BilinearTC.from_pretrained(run / "layer_0")
+    model.output_mean[0] = float("nan")
+    other = copy.deepcopy(model)
+    assert same_outputs(model, other)
+    other.output_mean[1] += 1
+    assert not same_outputs(model, other)
 
 
 def test_with_pt_adds_the_earlier_layout_and_the_next_publication_without_it_removes_it(

@@ -220,6 +220,9 @@ def build_repository(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: a layer's weights do not fit `save_dtype`.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -249,7 +252,14 @@ def add_layer(source: Path, target: Path, save_dtype: str | None) -> None:
         return
     for name in ("config.json", "model.safetensors"):  # links to the run's own files: never write through them
         (target / name).unlink()
-    load_layer(source, save_dtype).save_pretrained(target)
+    model = load_layer(source, save_dtype)
+    overflowing = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if overflowing:
+        raise ValueError(
+            f"{', '.join(overflowing)} of {source.name} cannot be published as {save_dtype}, whose largest number is "
+            f"{torch.finfo(DTYPES[save_dtype]).max:g}: choose another --save_dtype"
+        )
+    model.save_pretrained(target)
     for name in CODE_FILES:  # they lie once, at the root
         (target / name).unlink(missing_ok=True)
 
