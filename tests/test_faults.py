@@ -13,9 +13,19 @@ import psutil
 import pytest
 import torch
 import zstandard
-from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, wait_until, write_text
+from fitting import (
+    TinyFit,
+    assert_loads,
+    assert_same_layers,
+    checkpoints,
+    layers,
+    partial,
+    wait_until,
+    write_base,
+    write_text,
+)
 from test_hub_loading import load_in_fresh_process
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
 
@@ -30,6 +40,19 @@ def empty_folder(folder: Path) -> Path:
     return folder / "empty"
 
 
+def base_without_weights(folder: Path) -> Path:
+    """A base of 16 positions that cannot be read any further than its config."""
+    GPTNeoXConfig(max_position_embeddings=16, num_hidden_layers=2).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def base_with_a_tokenizer_of_another_package(folder: Path) -> Path:
+    base = write_base(folder / "base")
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    return base
+
+
 def empty_text(folder: Path) -> Path:
     (folder / "empty.jsonl").write_text("\n\n")
     return folder / "empty.jsonl"
@@ -39,7 +62,10 @@ def empty_text(folder: Path) -> Path:
     ("flag", "value", "sentence"),
     [
         ("--layers", "1,7", "the base has layers 0 to 1, but layers 7 were asked for"),
+        ("--seq_len", 65, "the base takes sequences of up to 64 tokens, but seq_len is 65; lower it with --seq_len"),
+        ("--base", base_without_weights, "the base takes sequences of up to 16 tokens, but seq_len is 32"),
         ("--base", empty_folder, "the base '.*/empty' cannot be loaded: expected a Hugging Face model"),
+        ("--base", base_with_a_tokenizer_of_another_package, "the base '.*/base' cannot be loaded: .* MarianTokenizer"),
         ("--base", "nobody/nothing", "the base 'nobody/nothing' cannot be loaded: expected a Hugging Face model"),
         ("--dataset", empty_text, "the split 'train' of '.*/empty.jsonl' holds no text"),
         ("--dataset", "/nowhere/text", "there is no file or folder '/nowhere/text'"),
@@ -119,6 +145,19 @@ def test_a_diverging_fit_says_so_and_leaves_the_layers_finite(tiny_fit: TinyFit,
     assert re.match(
         r"error: the transcoder of layer \d has diverged by step \d+: .* start anew with a lower --lr", error
     )
+    assert_loads(run)
+
+
+@pytest.mark.parametrize("flag", ["--max_steps", "--checkpoint_every"])
+def test_a_diverged_last_update_is_not_saved(tiny_fit: TinyFit, tmp_path: Path, flag: str) -> None:
+    """The first update, of parameters still finite, is the last one or is followed by a checkpoint."""
+    run = tmp_path / "run"
+    finished = tiny_fit.run(run, "--lr", 1e30, flag, 1)
+    assert finished.returncode == 1
+    (error,) = finished.errors
+    assert re.match(r"error: the transcoder of layer 0 has diverged by step 1: .* start anew with a lower --lr", error)
+    assert checkpoints(run) == [0]
+    assert [history.num_rows for _, history in layers(run).values()] == [0, 0]
     assert_loads(run)
 
 

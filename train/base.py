@@ -40,8 +40,8 @@ def one_sentence(name: str) -> Iterator[None]:
     """Turns what `from_pretrained` raises for a base that is missing or damaged into a ValueError of one sentence."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # some tokenizers need a package of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) in a "
             f"local folder or on the Hub, got: {reason}"
@@ -81,18 +81,28 @@ class Base:
         *,
         revision: str | None = None,
         layers: Sequence[int] | None = None,
+        seq_len: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Base:
         """Loads a base by Hub id or folder.
 
+        Args:
+            name, revision: where it is.
+            layers: the layers to look into; all where left out.
+            seq_len: tokens of the longest sequence that it will be given, where that is to be checked.
+            device, dtype: where its weights go, and as what.
+
         Raises:
-            ValueError: where the folder or repository holds no model, or a layer does not exist.
+            ValueError: where the folder or repository holds no model, a layer does not exist, or the sequences are
+                longer than its positions.
         """
         location = base_location(name)
         with one_sentence(name):
             config = AutoConfig.from_pretrained(location, revision=revision)
-        check_layers(layers, config.get_text_config().num_hidden_layers)  # before gigabytes are read
+        text_config = config.get_text_config()  # checked before gigabytes are read
+        check_layers(layers, text_config.num_hidden_layers)
+        check_seq_len(seq_len, getattr(text_config, "max_position_embeddings", None))
         with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
@@ -184,6 +194,14 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
             "name existing ones with --layers"
         )
     return sorted(set(layers)) if layers else list(range(num_layers))
+
+
+def check_seq_len(seq_len: int | None, positions: int | None) -> None:
+    """Raises ValueError where sequences are longer than the base has positions, as far as both are known."""
+    if seq_len is not None and positions is not None and seq_len > positions:
+        raise ValueError(
+            f"the base takes sequences of up to {positions} tokens, but seq_len is {seq_len}; lower it with --seq_len"
+        )
 
 
 def linear_maps(mlp: nn.Module) -> dict[str, tuple[int, int]]:

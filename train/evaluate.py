@@ -374,6 +374,7 @@ def main() -> None:
         recipe.base,
         revision=recipe.base_revision,
         layers=layers,
+        seq_len=recipe.seq_len,
         device=device,
         dtype=compute_dtype(recipe, device),
     )

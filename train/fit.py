@@ -30,6 +30,8 @@ from bilinear_tc.train.run import FitFacts, begin_run, check_run, exported_step,
 from bilinear_tc.train.text import TextError
 from bilinear_tc.train.trackers import check_tracker, tracked
 
+CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried before they are saved
+
 
 def fit(recipe: Recipe) -> None:
     """Runs a recipe to its end, from wherever its run stands."""
@@ -69,6 +71,7 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
         recipe.base,
         revision=recipe.base_revision,
         layers=recipe.layer_indices(),
+        seq_len=recipe.seq_len,
         device=device,
         dtype=compute_dtype(recipe, device),
     )
@@ -82,7 +85,8 @@ def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) 
 
     Raises:
         TextError: where the text fails; all steps before are saved.
-        FloatingPointError: on a NaN; the run holds the layers as they were before it, the checkpoints stay.
+        FloatingPointError: on a NaN, or where a transcoder diverges; the run holds the layers as they were before it,
+            or as they were last saved, and the checkpoints stay.
         InterruptedError: where the process was asked to stop; all steps are saved.
         OSError: where the disk is full; the checkpoints written before stay.
     """
@@ -95,6 +99,7 @@ def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) 
             on_main(accelerator, lambda: export_layers(run, recipe, fitter, progress))
 
         def save() -> None:
+            check_sound(fitter, progress.steps)
             checkpoints.save(progress.steps)
             export()
 
@@ -115,9 +120,10 @@ def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) 
                     save()
                     raise TextError(f"{error} (all {progress.steps} steps before it are saved in {run})") from error
                 except FloatingPointError:
+                    check_sound(fitter, progress.steps)
                     export()
                     raise
-                check_converging(mse, base.layers, progress.steps)
+                check_converging(mse, base.layers, progress.steps + 1)
                 progress.add(mse, fvu, rows)
                 report(fvu, base.layers, progress.steps, bar, accelerator)
                 stopping = bool(stop)
@@ -150,13 +156,29 @@ def export_layers(run: Path, recipe: Recipe, fitter: Fitter, progress: Progress)
     write_layers(run, fitter.stack.transcoders, histories, recipe, facts)
 
 
-def check_converging(mse: Tensor, layers: Sequence[int], steps: int) -> None:
-    """Raises FloatingPointError where a layer's error [layers] is no number any more."""
-    diverged = [layer for layer, value in zip(layers, mse.isfinite().tolist(), strict=True) if not value]
+@torch.no_grad()
+def check_sound(fitter: Fitter, steps: int) -> None:
+    """Raises FloatingPointError where a transcoder as it stands, its last update included, is no good to save.
+
+    What it would export is tried on a few rows of the last batch: parameters that are NaN or infinite show in its
+    outputs, and so do ones that are finite but too large to compute with.
+    """
+    fitter.stack.set_statistics()
+    sizes = []
+    for x, transcoder in zip(fitter.activations.x, fitter.stack.transcoders, strict=True):
+        x = x[:CHECKED_ROWS].float()
+        x = x[x.isfinite().all(-1)]  # the base's own NaNs are not the transcoder's fault
+        sizes.append(transcoder(x).square().sum())
+    check_converging(fitter.accelerator.reduce(torch.stack(sizes)), fitter.base.layers, steps)
+
+
+def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:
+    """Raises FloatingPointError where a layer's error [layers] is no number any more by some step."""
+    diverged = [layer for layer, value in zip(layers, errors.isfinite().tolist(), strict=True) if not value]
     if diverged:
         raise FloatingPointError(
-            f"the transcoder of layer {diverged[0]} has diverged by step {steps + 1}: its error is a NaN or an "
-            "infinity; start anew with a lower --lr"
+            f"the transcoder of layer {diverged[0]} has diverged by step {steps}: it computes a NaN or an infinity; "
+            "start anew with a lower --lr"
         )
 
 
