@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,8 +33,10 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.upload.hub import HubRepository, compare
 from bilinear_tc.upload.publish import Publication, same_outputs
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
+from bilinear_tc.upload.results import read_results
 
 REPO = "tester/set"
+OVER = {"dirs_exist_ok": True}
 LAYER_FILES = {"config.json", "model.safetensors", "config.yaml", "history.parquet"}
 
 
@@ -67,11 +72,13 @@ def published(hub: HubServer, revision: str = "main") -> dict[str, str]:
     return {path: sha256 for path, sha256 in hub.files(REPO, revision).items() if path != ".gitattributes"}
 
 
-def change_tensors(layer: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Rewrites a layer's weights and statistics."""
+def change_tensors(layer: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
+    """Rewrites a layer's weights and statistics; what becomes None goes."""
     tensors = load_file(layer / "model.safetensors")
     changed = {name: change(name, tensor) for name, tensor in tensors.items()}
-    save_file(changed, layer / "model.safetensors", metadata={"format": "pt"})
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(kept, layer / "model.safetensors", metadata={"format": "pt"})
+    return layer
 
 
 def commits(hub: HubServer, revision: str = "main") -> int:
@@ -307,6 +314,93 @@ def test_everything_wrong_with_a_run_is_said_at_once(hub: HubServer, publisher: 
     for words in expected:
         assert any(all(word in problem for word in words) for problem in problems), (words, done.stderr)
     assert hub.requests == []
+    assert not list(run.glob("*repository*"))
+
+
+def problems_of(run: Path) -> list[str]:
+    with pytest.raises(UnfitRun) as caught:
+        check_run(run)
+    return str(caught.value).split("\n  ")[1:]
+
+
+def test_layers_of_another_form_width_or_bias_are_named(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(0, 1, 2))
+    shutil.copytree(write_tiny_run(tmp_path / "other", layers=(1,), n_hidden=24) / "layer_1", run / "layer_1", **OVER)
+    summed = write_tiny_run(tmp_path / "summed", layers=(2,), form="input_sum")
+    shutil.copytree(summed / "layer_2", run / "layer_2", **OVER)
+    assert problems_of(run) == [
+        "form differs between layers: bilinear in layer_0, layer_1; input_sum in layer_2",
+        "n_hidden differs between layers: 16 in layer_0, layer_2; 24 in layer_1",
+    ]
+    without = change_tensors(run / "layer_0", lambda name, tensor: None if name.endswith("bias") else tensor)
+    config = json.loads((without / "config.json").read_text()) | {"bias": False}
+    (without / "config.json").write_text(json.dumps(config))
+    assert "bias differs between layers: False in layer_0; True in layer_1, layer_2" in problems_of(run)
+
+
+def test_a_run_without_scores_is_refused_before_the_folder_is_begun(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", steps=0, evaluation=False)
+    assert problems_of(run) == [
+        f"layer_{layer} has neither held-out scores nor a training history: run train/evaluate.py first"
+        for layer in (0, 1)
+    ]
+    check_run(write_tiny_run(tmp_path / "evaluated", steps=0))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda _: [1, 2], "expected scores by name, got list"),
+        (lambda e: e["all_layers"].update(kl=math.nan), "kl of all_layers is not a finite number"),
+        (lambda e: e["base"].update(ce=math.inf), "ce of base is not a finite number"),
+        (lambda e: e["mean"].update(fvu=math.nan), "fvu of mean is not a finite number"),
+        (lambda e: e["layers"]["1"].update(fvu="0.1", kl=None), "fvu, kl of layer 1 are not finite numbers"),
+        (lambda e: e["layers"]["0"].pop("fvu"), "layer 0 has no fvu"),
+        (lambda e: e["layers"].update({"0": 3}), "layer 0 must hold scores by name, got int"),
+        (lambda e: e["layers"].update(x=dict(e["layers"]["0"])), "layers must be named by their numbers, got 'x'"),
+        (lambda e: e.update(layers=[]), "layers must hold scores by layer, got list"),
+        (lambda e: e.update(all_layers=None), "all_layers must hold scores by name, got NoneType"),
+        (lambda e: e.update(tokens="many"), "tokens must be a number, got 'many'"),
+        (lambda e: e.update(dataset=["a"]), "dataset must be a name, got ['a']"),
+    ],
+)
+def test_a_damaged_evaluation_is_a_line_of_the_list(run: Path, change: Callable, problem: str) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    changed = change(evaluation)
+    (run / "evaluation.json").write_text(json.dumps(changed if isinstance(changed, list) else evaluation))
+    assert problems_of(run) == [f"{run / 'evaluation.json'}: {problem}; run train/evaluate.py again"]
+    with pytest.raises(ValueError, match=re.escape(problem)):  # the card and the figures say the same
+        read_results(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("config.yaml", "fit: null\n", "layer_0/config.yaml: fit must hold a whole number of steps, got None"),
+        (
+            "config.yaml",
+            "fit: {steps: many}\n",
+            "layer_0/config.yaml: fit must hold a whole number of steps, got 'many'",
+        ),
+        ("config.yaml", "- 1\n", "config.yaml holds list: expected settings"),
+        ("config.json", "[]", "layer_0 does not load"),
+        ("config.json", '{"model_type": "bilinear_tc", "n_inputs": "x"}', "layer_0 does not load"),
+        ("model.safetensors", "", "layer_0 does not load"),
+    ],
+)
+def test_a_damaged_layer_is_a_line_of_the_list(run: Path, file: str, content: str, problem: str) -> None:
+    (run / "layer_0" / file).write_text(content)
+    assert any(problem in line for line in problems_of(run))
+
+
+@pytest.mark.parametrize(("values", "words"), [(["low"] * 5, "expected numbers"), ([None] * 5, "not finite, in fvu")])
+def test_a_history_without_numbers_is_a_line_of_the_list(run: Path, values: list, words: str) -> None:
+    path = run / "layer_0" / "history.parquet"
+    history = pq.read_table(path).drop_columns("fvu")
+    kind = pa.string() if values[0] else pa.float64()
+    pq.write_table(history.append_column("fvu", pa.array(values, kind)), path)
+    (problem,) = problems_of(run)
+    assert words in problem
 
 
 def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher, run: Path) -> None:

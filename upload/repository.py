@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
@@ -21,12 +21,15 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.train.run import CODE_FILES, PACKAGE
+from bilinear_tc.upload.evaluation import evaluation_problems, read_evaluation
 from bilinear_tc.upload.figures import draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.pt_checkpoint import export_checkpoint
-from bilinear_tc.upload.results import layer_folders, read_evaluation, read_history, read_yaml
+from bilinear_tc.upload.results import layer_folders, read_history, read_yaml
 
 LAYER_FILES = ("config.json", "model.safetensors", "config.yaml", "history.parquet")
+# What config.json says alike of every layer of a set; the card says it once.
+ALIKE = ("base_model", "base_revision", "form", "n_inputs", "n_hidden", "n_outputs", "bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Every path that a publication can hold: what an earlier one left behind is known by it.
@@ -77,6 +80,7 @@ def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
     layers = layer_folders(run)
     problems = [problem for layer, folder in layers.items() for problem in layer_problems(layer, folder)]
     problems += disagreements(layers.values())
+    problems += score_problems(run, layers.values())
     try:
         # an imported run's recipe holds what is known: where that is not the number of steps, any number will do
         recipe = Recipe(**{"max_steps": 0, **read_settings(run / "recipe.yaml")})
@@ -86,7 +90,6 @@ def check_run(run: Path, *, allow_partial: bool = False) -> list[int]:
         problems.append(f"recipe.yaml: {error}")
     else:
         problems += recipe_problems(recipe, layers, allow_partial=allow_partial)
-    problems += evaluation_problems(run)
     if problems:
         raise UnfitRun("\n  ".join([f"{run} cannot be published as it is:", *problems]))
     return list(layers)
@@ -103,10 +106,10 @@ def recipe_problems(recipe: Recipe, layers: Mapping[int, Path], *, allow_partial
         yield f"layer_{layer} is missing, which the recipe names: fit it, or publish the rest with --allow_partial"
     for layer in sorted(set(wanted) & set(layers)):
         try:
-            steps = read_yaml(layers[layer] / "config.yaml").get("fit", {}).get("steps", recipe.max_steps)
+            steps = fitted_steps(layers[layer])
         except ValueError:
             continue  # named among the layer's own problems
-        if steps < recipe.max_steps:
+        if steps is not None and steps < recipe.max_steps:
             yield (
                 f"layer_{layer} was fitted for {steps} of {recipe.max_steps} steps: let the fit end, "
                 "or publish it as it is with --allow_partial"
@@ -129,10 +132,10 @@ def layer_problems(layer: int, folder: Path) -> Iterator[str]:
     if not {"config.json", "model.safetensors"} & set(missing):
         try:
             yield from (f"{folder.name}: {problem}" for problem in model_problems(layer, folder))
-        except (OSError, ValueError, SafetensorError) as error:
-            yield f"{folder.name} does not load: {str(error).splitlines()[0]}"
+        except Exception as error:  # a damaged file can make transformers fail in any way
+            yield f"{folder.name} does not load: {' '.join(str(error).splitlines()[:1]) or type(error).__name__}"
     try:
-        read_yaml(folder / "config.yaml")
+        fitted_steps(folder)
     except ValueError as error:
         yield str(error)
     try:
@@ -143,6 +146,19 @@ def layer_problems(layer: int, folder: Path) -> Iterator[str]:
         bad = [name for name, values in history.items() if not np.isfinite(values).all()]
         if bad:
             yield f"{folder.name}/history.parquet holds values that are not finite, in {', '.join(bad)}"
+
+
+def fitted_steps(folder: Path) -> int | None:
+    """Steps that a layer was fitted for, None where its config.yaml does not tell.
+
+    Raises:
+        ValueError: where config.yaml is not readable.
+    """
+    fit = read_yaml(folder / "config.yaml").get("fit", {})
+    steps = fit.get("steps") if isinstance(fit, dict) else fit
+    if not isinstance(fit, dict) or not isinstance(steps, (int, type(None))):
+        raise ValueError(f"{folder.name}/config.yaml: fit must hold a whole number of steps, got {steps!r}")
+    return steps
 
 
 def model_problems(layer: int, folder: Path) -> Iterator[str]:
@@ -170,32 +186,32 @@ def model_problems(layer: int, folder: Path) -> Iterator[str]:
 
 
 def disagreements(folders: Sequence[Path]) -> Iterator[str]:
-    """Where layers say different things of the base that they all belong to."""
-    said: dict[str, dict[object, list[str]]] = {"n_inputs": {}, "n_outputs": {}, "base_model": {}, "base_revision": {}}
+    """Where layers say different things of the base that they all belong to, or of the form that all of them have."""
+    said: dict[str, dict[str, list[str]]] = {name: {} for name in ALIKE}
     for folder in folders:
         try:
             config = BilinearTCConfig.from_pretrained(folder)
-        except (OSError, ValueError):
+        except Exception:
             continue  # named among the layer's own problems
         for name, values in said.items():
-            values.setdefault(getattr(config, name), []).append(folder.name)
+            values.setdefault(str(getattr(config, name)), []).append(folder.name)
     for name, values in said.items():
         if len(values) > 1:
             described = "; ".join(f"{value} in {', '.join(where)}" for value, where in values.items())
             yield f"{name} differs between layers: {described}"
 
 
-def evaluation_problems(run: Path) -> Iterator[str]:
-    """What is wrong with evaluation.json, where there is one."""
-    try:
-        evaluation = read_evaluation(run)
-    except ValueError as error:
-        yield str(error)
+def score_problems(run: Path, folders: Sequence[Path]) -> Iterator[str]:
+    """What keeps the card and the figures from showing scores: they come from evaluation.json or the histories."""
+    problems = list(evaluation_problems(run))
+    yield from problems
+    measured = [] if problems else read_evaluation(run).get("layers", {})
+    if all(folder.name.removeprefix("layer_") in measured for folder in folders):
         return
-    for layer, scores in evaluation.get("layers", {}).items():
-        bad = [name for name, value in scores.items() if not math.isfinite(value)]
-        if bad:
-            yield f"evaluation.json: {', '.join(bad)} of layer {layer} is not finite; run train/evaluate.py again"
+    for folder in folders:
+        with suppress(ValueError):  # named among the layer's own problems
+            if not len(read_history(folder)["step"]):
+                yield f"{folder.name} has neither held-out scores nor a training history: run train/evaluate.py first"
 
 
 def build_repository(

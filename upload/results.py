@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import yaml
+
+from bilinear_tc.upload.evaluation import read_evaluation
 
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
@@ -87,7 +88,11 @@ def read_history(folder: Path) -> dict[str, np.ndarray]:
         table = pq.read_table(path, columns=list(columns))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are subclasses of these
         raise ValueError(f"{path} is not a history: {str(error).splitlines()[0]}") from error
-    return {name: table[name].to_numpy() for name in columns}
+    history = {name: table[name].to_numpy() for name in columns}
+    for name, values in history.items():
+        if not np.issubdtype(values.dtype, np.number):
+            raise ValueError(f"{path} is not a history: expected numbers in its column {name}")
+    return history
 
 
 def read_results(run: Path) -> Results:
@@ -119,17 +124,6 @@ def read_results(run: Path) -> Results:
         split=recipe.get("split"),
         tokens=None,
     )
-
-
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """evaluation.json's content; empty where there is none."""
-    path = run / "evaluation.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}; run train/evaluate.py again") from error
 
 
 def final_scores(folder: Path) -> dict[str, float]:
