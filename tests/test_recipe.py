@@ -12,6 +12,7 @@ def test_no_arguments_mean_the_recipe_of_pythia_410m():
     recipe = parse_recipe([])
     assert (recipe.base, recipe.dataset) == ("EleutherAI/pythia-410m", "monology/pile-uncopyrighted")
     assert recipe.output_dir == "runs/pythia-410m"
+    assert (recipe.split, recipe.eval_split) == ("train", "val.jsonl.zst")
     assert (recipe.seq_len, recipe.batch_size, recipe.max_steps, recipe.init) == (128, 512, 3000, "mlp")
 
 
@@ -40,7 +41,12 @@ def test_the_card_recipe_holds_the_published_settings():
         0.95,
         0.01,
     )
+    assert (card.split, card.eval_split) == ("train", "val.jsonl.zst")
     assert (card.init, card.normalization, card.pack, card.bias_lr) == ("random", "batch", False, 3e-4)
+
+
+def test_the_defaults_are_the_recipe_of_pythia_410m():
+    assert parse_recipe([]) == Recipe(output_dir="runs/pythia-410m")
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

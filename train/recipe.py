@@ -38,8 +38,11 @@ class Recipe:
     split: str = field(default="train", metadata={"help": "The split to fit on."})
     text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
     eval_split: str | None = field(
-        default="validation",
-        metadata={"help": "The held-out split measured at the end of the fit; 'none' leaves that out."},
+        default="val.jsonl.zst",
+        metadata={
+            "help": "The held-out split, or a file of the dataset's, measured at the end of the fit; 'none' leaves "
+            "that out."
+        },
     )
     eval_tokens: int = field(default=65536, metadata={"help": "Held-out tokens to measure on."})
     layers: str | None = field(default=None, metadata={"help": "Layers to fit, such as 0-5,9; all where left out."})
@@ -63,7 +66,7 @@ class Recipe:
         metadata={"help": "Start from the base's own MLP, in closed form, or from noise."},
     )
     init_tokens: int = field(
-        default=262144, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
+        default=1048576, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
     )
     optimizer: Literal["muon", "normuon", "adamw"] = field(
         default="muon", metadata={"help": "The matrices' optimiser; biases always go by AdamW."}
