@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_python_stdlib_is_split_by_file() -> None:
     for split in ("train", "validation"):
         expected = [Path(file).read_text(encoding="utf-8", errors="replace") for file in files[split]]
         assert list(Documents("python-stdlib", split=split)) == expected
+
+
+def test_a_link_that_leads_nowhere_is_no_part_of_the_python_stdlib(tmp_path, monkeypatch) -> None:
+    library = {f"module_{number}.py": f"text of {number}" for number in range(60)}
+    for name, text in library.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "broken.py").symlink_to(tmp_path / "absent.py")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path))
+    files = python_stdlib_files()
+    assert {Path(file).name for split in files.values() for file in split} == set(library)
+    assert set(Documents("python-stdlib")) < set(library.values())
+
+
+def test_a_python_stdlib_without_source_files_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path / "python.zip"))
+    for split in ("train", "validation"):
+        sentence = message(dataset="python-stdlib", split=split)
+        assert "python.zip as .py files, as where it is zipped; use a Python that has them" in sentence
 
 
 OPENED: list[str] = []

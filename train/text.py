@@ -110,6 +110,9 @@ def python_stdlib_files() -> dict[str, list[str]]:
     Python version, is in "validation"; the others are in "train". The same hash orders the files, so that
     neighbours in the stream are unrelated. Tests (which some distributions leave out), character tables
     and installed packages are left out.
+
+    Raises:
+        TextError: if there are no such files, as where the library is zipped.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -117,11 +120,16 @@ def python_stdlib_files() -> dict[str, list[str]]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in left_out]
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            if path.stat().st_size:
+            if path.is_file() and path.stat().st_size:  # a distribution's link may lead nowhere
                 hashes[str(path)] = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     for path in sorted(hashes, key=hashes.__getitem__):
         splits["validation" if hashes[path][-1] < 26 else "train"].append(path)
+    if not all(splits.values()):
+        raise TextError(
+            f"Python's standard library is not in {root} as .py files, as where it is zipped; use a Python that has"
+            " them, or name another dataset"
+        )
     return splits
 
 
