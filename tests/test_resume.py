@@ -169,14 +169,22 @@ def test_a_recipe_that_never_came_to_fit_may_be_changed(tiny_fit: TinyFit, tmp_p
     assert tiny_fit.run(run, "--max_steps", 4, "--layers", 1).returncode == 0
 
 
-def test_a_damaged_checkpoint_is_named(tiny_fit: TinyFit, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Where there is none before it, the fit does not start anew by itself."""
     run = tmp_path / "run"
     assert tiny_fit.run(run, sabotage=("die_at", "os.rename", "step_00000012", "0")).returncode < 0
-    newest = run / "checkpoints" / "step_00000008.pt"
-    newest.write_bytes(newest.read_bytes()[:1000])
+    before, newest = (run / "checkpoints" / f"step_0000000{step}.pt" for step in (4, 8))
+    whole = before.read_bytes()
+    for path in (before, newest):
+        path.write_bytes(path.read_bytes()[:1000])
     refused = tiny_fit.run(run)
     (error,) = refused.errors
-    assert error.startswith(f"error: the checkpoint {newest} cannot be read (")
-    newest.unlink()
-    assert tiny_fit.run(run).returncode == 0
+    assert error.startswith(f"error: the checkpoint {before} cannot be read (")
+    assert error.endswith("), and there is no whole one before it: start anew with --no_resume")
+
+    before.write_bytes(whole)
+    finished = tiny_fit.run(run)
+    assert finished.returncode == 0
+    assert f"WARNING: the checkpoint {newest} cannot be read (" in finished.stderr
+    assert f"resuming {run} after step 4 of 24" in finished.stdout
     assert_same_layers(run, tiny_fit.reference())

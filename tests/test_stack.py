@@ -9,7 +9,8 @@ import torch._dynamo
 
 from bilinear_tc.train import fitter
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.fitter import choose_micro_batch_size, make_transcoders
+from bilinear_tc.train.fitter import choose_micro_batch_size, make_optimizers, make_transcoders
+from bilinear_tc.train.muon import Muon
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.stack import Stack
 from bilinear_tc.train.tokens import TokenBatch
@@ -170,6 +171,22 @@ def test_a_chosen_micro_batch_cuts_the_share_evenly_and_grows_with_the_memory(ne
     chosen = []
     for free in range(0, 4_000_000, 20_000):
         monkeypatch.setattr(fitter, "free_memory", lambda _device, free=free: free)
-        chosen.append(choose_micro_batch_size(Recipe(seq_len=8), neox, 10, CPU, torch.float32))
+        chosen.append(choose_micro_batch_size(Recipe(seq_len=8), neox, 10, torch.device("cuda"), torch.float32))
     assert chosen == sorted(chosen)
     assert set(chosen) == {1, 2, 3, 4, 5, 10}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(10, 10), (512, 512), (600, 300), (1025, 342)])
+def test_on_the_cpu_a_micro_batch_is_at_most_4096_rows_in_equal_parts(neox, share, expected):
+    assert choose_micro_batch_size(Recipe(seq_len=8), neox, share, CPU, torch.float32) == expected
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "adamw"])
+def test_the_recipe_names_the_optimizer_of_the_matrices(neox, name):
+    stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32)
+    matrices, biases = make_optimizers(Recipe(init="random", optimizer=name, lr=0.5, bias_lr=0.25), stack)
+    assert isinstance(biases, torch.optim.AdamW)
+    assert isinstance(matrices, torch.optim.AdamW if name == "adamw" else Muon)
+    assert matrices.param_groups[0].get("variant", "adamw") == name
+    assert [p.ndim for p in matrices.param_groups[0]["params"]] == [3, 3, 3]
+    assert (matrices.param_groups[0]["lr"], biases.param_groups[0]["lr"]) == (0.5, 0.25)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,10 +49,14 @@ class Activations:
             input_ids = batch.input_ids[part].to(device, non_blocking=True)
             first, count = self.rows, input_ids.numel() if kept is None else len(kept)
             kept = None if kept is None else kept.to(device, non_blocking=True)
-            for index, (x, y) in enumerate(self.base.activations(input_ids).values()):
-                for buffer, values in ((self._x, x.flatten(0, 1)), (self._y, y.flatten(0, 1))):
-                    buffer[index, first : first + count] = values if kept is None else values[kept]
+            self.base.run(input_ids, partial(self._keep, kept=kept, rows=slice(first, first + count)))
             self.rows += count
+
+    def _keep(self, layer: int, x: Tensor, y: Tensor, *, kept: Tensor | None, rows: slice) -> None:
+        """Copies one layer's activations [sequences, tokens, features] to its rows; all, or those at `kept`."""
+        index = self.base.layers.index(layer)
+        for buffer, values in ((self._x, x.flatten(0, 1)), (self._y, y.flatten(0, 1))):
+            buffer[index, rows] = values if kept is None else values[kept]
 
     def moments(self) -> tuple[Moments, Moments]:
         """Moments [layers, features] of this process's inputs and outputs."""

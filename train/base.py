@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,28 +136,35 @@ class Base:
             for part in parts:
                 part.forward = torch.compile(part.forward, dynamic=False)
 
-    @torch.no_grad()
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, in one
-        forward pass without the LM head.
+        forward pass: `run`, with everything kept.
+        """
+        captured: dict[int, tuple[Tensor, Tensor]] = {}
+        self.run(input_ids, lambda layer, x, y: captured.update({layer: (x, y)}))
+        return captured
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor, visit: Callable[[int, Tensor, Tensor], None]) -> None:
+        """One forward pass without the LM head, which tells what flows through the MLPs of the layers asked for.
 
         Padding on the right needs no attention mask: causal attention lets no earlier position see it.
 
         Args:
             input_ids: [sequences, tokens] token ids on the base's device.
+            visit: called with layer, MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] as soon as the
+                MLP has run, so that the activations of two layers need not exist at once.
         """
-        captured: list[tuple[Tensor, Tensor]] = []
 
-        def capture(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            captured.append((inputs[0], output))
+        def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda _module, inputs, output: visit(layer, inputs[0], output)
 
-        handles = [self.mlp(layer).register_forward_hook(capture) for layer in self.layers]
+        handles = [self.mlp(layer).register_forward_hook(hook(layer)) for layer in self.layers]
         try:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return dict(zip(self.layers, captured, strict=True))
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from statistics import median
 from typing import Literal
 
@@ -32,9 +33,9 @@ from bilinear_tc.train.muon import flops as muon_flops
 from bilinear_tc.train.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
 from bilinear_tc.train.stack import squared_error
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.tokens import SharedBatches, TokenBatch
 
-PHASES = ("base", "statistics", "transcoders", "optimizer")
+PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 
 
 @dataclass
@@ -149,15 +150,24 @@ def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device,
     return Base(model.to(dtype), AutoTokenizer.from_pretrained(base_location("train/quickstart")))
 
 
-def random_batch(recipe: Recipe, vocab_size: int, generator: torch.Generator) -> TokenBatch:
-    return TokenBatch(torch.randint(vocab_size, (recipe.batch_size, recipe.seq_len), generator=generator), None)
+def open_text(recipe: Recipe, base: Base, accelerator: Accelerator) -> SharedBatches:
+    """Batches of the shape's size from Python's standard library, whichever text its recipe names."""
+    text = dataclasses.replace(
+        recipe, dataset="python-stdlib", dataset_config=None, split="train", text_column="text", shuffle_buffer=0
+    )
+    return open_batches(text, base.tokenizer, accelerator)
 
 
-def time_steps(fitter: Fitter, batches: list[TokenBatch], warm_up: int = 2) -> float:
-    """Median seconds of a step."""
-    device = fitter.accelerator.device
-    seconds = [timed(lambda b=batch, i=i: fitter.step(b, i), device) for i, batch in enumerate(batches)]
-    return median(seconds[warm_up:])
+def time_steps(fitter: Fitter, batches: Iterator[TokenBatch], steps: int) -> float:
+    """Median seconds of a step, its wait for the text included, after two that are not timed."""
+
+    def step(number: int) -> None:
+        with fitter.timer("data"):
+            batch = next(batches)
+        fitter.step(batch, number)
+
+    seconds = [timed(lambda number=number: step(number), fitter.accelerator.device) for number in range(steps + 2)]
+    return median(seconds[2:])
 
 
 class LayerAtATime:
@@ -207,17 +217,13 @@ def time_baseline(
     return sum(seconds) / len(seconds)
 
 
-def text_rate(recipe: Recipe, base: Base, accelerator: Accelerator, tokens: int) -> float:
+def text_rate(batches: Iterator[TokenBatch], tokens: int) -> float:
     """Tokens a second of the text pipeline alone, reading and tokenising processes started beforehand."""
-    text = dataclasses.replace(
-        recipe, dataset="python-stdlib", dataset_config=None, split="train", text_column="text", shuffle_buffer=0
-    )
-    with open_batches(text, base.tokenizer, accelerator) as batches:
-        next(batches)
-        started, read = time.perf_counter(), 0
-        while read < tokens:
-            read += next(batches).input_ids.numel()
-        return read / (time.perf_counter() - started)
+    next(batches)
+    started, read = time.perf_counter(), 0
+    while read < tokens:
+        read += next(batches).input_ids.numel()
+    return read / (time.perf_counter() - started)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -228,16 +234,15 @@ def peak_memory(device: torch.device) -> float:
 
 
 def smaller_fits(recipe: Recipe, base: Base, accelerator: Accelerator, batch: TokenBatch) -> Iterator[str]:
-    """A line for each of three numbers of layers and three of tokens."""
-    every = list(base.layers)
-    for share in (3, 2, 1):
-        base.layers = every[: len(every) // share]
-        seconds = time_steps(Fitter(recipe, base, accelerator), [batch] * 5)
-        yield f"  {len(base.layers):3d} layers, {batch.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
-    for share in (4, 2):
-        part = TokenBatch(batch.input_ids[: len(batch) // share], None)
-        seconds = time_steps(Fitter(recipe, base, accelerator), [part] * 5)
-        yield f"  {len(base.layers):3d} layers, {part.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
+    """A line for each of three numbers of tokens, then of three numbers of layers, down to which the base is cut."""
+    sizes = [(len(base.layers), share) for share in (4, 2, 1)]
+    sizes += [(len(base.layers) * share // 6, 1) for share in (4, 2)]
+    for count, share in sizes:
+        base.layers = base.layers[:count]
+        base.stop_after_last_layer()
+        part = TokenBatch(batch.input_ids[: len(batch) // share])
+        seconds = time_steps(Fitter(recipe, base, accelerator), repeat(part), 5)
+        yield f"  {count:3d} layers, {part.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
 
 
 def main() -> None:
@@ -254,20 +259,19 @@ def main() -> None:
     base = load_base(settings, recipe, device, dtype)
     config, layers = base.model.config, list(base.layers)
     tokens = recipe.batch_size * recipe.seq_len
-    generator = torch.Generator().manual_seed(0)
-    batches = [random_batch(recipe, config.vocab_size, generator) for _ in range(settings.steps + 2)]
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = product_rate(device, dtype)
     print(f"{settings.shape}: {len(layers)} layers, {tokens:,} tokens a step, {str(dtype)[6:]}, on {name}")
     print(f"large matrix product: {rate / 1e12:.3f} TFLOP/s")
 
     fitter = Fitter(recipe, base, accelerator)
-    seconds = time_steps(fitter, batches)
-    early_peak = peak_memory(device)
-    timer = PhaseTimer(device)
-    fitter.timer = timer
-    time_steps(fitter, batches)
+    with open_text(recipe, base, accelerator) as text:
+        batches = [next(text) for _ in range(settings.baseline_steps + 1)]
+        seconds = time_steps(fitter, text, settings.steps)
+        early_peak = peak_memory(device)
+        timer = PhaseTimer(device)
+        fitter.timer = timer
+        time_steps(fitter, text, settings.steps)
     flops = count_flops(recipe, base, config)
     achieved = flops.total / seconds
     print(f"\na step: {seconds:.3f} s, {achieved / 1e12:.3f} TFLOP/s, {achieved / rate:.0%} of the product's")
@@ -281,21 +285,20 @@ def main() -> None:
         print(f"  {label:12s} {spent:9.4f} {spent / total:6.1%} {figures}")
     late_peak = peak_memory(device)
     print(f"peak memory: {early_peak / 2**30:.2f} GiB; after as many steps again {late_peak / 2**30:.2f} GiB")
-    print(f"the full recipe, {recipe.max_steps} steps: {recipe.max_steps * seconds / 60:.1f} minutes for all layers")
+    minutes = recipe.max_steps * seconds / 60
+    print(
+        f"the full recipe, {recipe.max_steps} steps: {minutes:.1f} minutes for all layers, start and checkpoints apart"
+    )
 
-    pipeline = text_rate(recipe, base, accelerator, settings.text_tokens)
+    with open_text(recipe, base, accelerator) as text:
+        pipeline = text_rate(text, settings.text_tokens)
     surplus = pipeline * seconds / tokens
     print(f"\ntext pipeline alone: {pipeline:,.0f} tokens/s, {surplus:.1f} times what the fit consumes")
 
-    print("\ncost by layers and tokens:")
-    for line in smaller_fits(recipe, base, accelerator, batches[0]):
-        print(line)
-
     count = settings.baseline_layers or (len(layers) if settings.shape == "quickstart" else 1)
-    base.layers = layers
     base.model.float()
     with torch.compiler.set_stance("force_eager"):
-        one_layer = time_baseline(recipe, base, layers[:count], batches[: settings.baseline_steps + 1], device)
+        one_layer = time_baseline(recipe, base, layers[:count], batches, device)
     hidden = recipe.n_hidden(base.n_inputs)
     baseline_flops = len(layers) * (
         base_flops(config, config.num_hidden_layers, tokens, recipe.seq_len, lm_head=True)
@@ -308,6 +311,11 @@ def main() -> None:
         f"all layers in one pass are {one_layer * len(layers) / seconds:.1f} times faster; "
         f"the FLOP counts' ratio is {baseline_flops / flops.total:.1f}"
     )
+
+    base.model.to(dtype)
+    print("\ncost by tokens and layers:")
+    for line in smaller_fits(recipe, base, accelerator, batches[0]):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from bilinear_tc.train.processes import on_main
+
+logger = logging.getLogger(__name__)
 
 KEPT = 2
 
@@ -47,24 +50,33 @@ class Checkpoints:
         on_main(self.accelerator, lambda: self._write(self.folder / f"step_{step:08d}.pt"))
 
     def load_newest(self) -> bool:
-        """Puts the newest checkpoint's states back; returns False where there is none.
+        """Puts the states of the newest whole checkpoint back; returns False where there are no checkpoints.
 
         Raises:
-            OSError: where it cannot be read.
+            OSError: where there are, but none can be read.
         """
-        newest = on_main(self.accelerator, lambda: next(reversed(_oldest_first(self.folder)), None))
+        read: dict[Path, dict[str, Any]] = {}
+        newest = on_main(self.accelerator, lambda: self._newest_whole(read))
         if newest is None:
             return False
-        try:
-            saved = torch.load(newest, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise OSError(
-                f"the checkpoint {newest} cannot be read ({_reason(error)}): delete it to go on from the one before, "
-                "or start anew with --no_resume"
-            ) from error
+        saved = read.get(newest) or _read(newest)
         for name, state in self.states.items():
             state.load_state_dict(saved[name])
         return True
+
+    def _newest_whole(self, read: dict[Path, dict[str, Any]]) -> Path | None:
+        """The newest checkpoint that can be read, with a warning of each that cannot; its content goes to `read`."""
+        damaged: OSError | None = None
+        for path in reversed(_oldest_first(self.folder)):
+            try:
+                read[path] = _read(path)
+                return path
+            except OSError as error:
+                logger.warning("%s: an earlier one is looked for", error)
+                damaged = error
+        if damaged is not None:
+            raise OSError(f"{damaged}, and there is no whole one before it: start anew with --no_resume") from damaged
+        return None
 
     def _write(self, path: Path) -> None:
         scratch = path.with_name(f".{path.name}.partial")
@@ -85,6 +97,14 @@ class Checkpoints:
             ) from error
         for old in _oldest_first(self.folder)[:-KEPT]:
             old.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds; OSError where the file is damaged or gone."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise OSError(f"the checkpoint {path} cannot be read ({_reason(error)})") from error
 
 
 def newest_step(run: Path) -> int | None:

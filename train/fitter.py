@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -24,6 +23,7 @@ from bilinear_tc.train.tokens import TokenBatch
 
 CARD_BETAS = (0.95, 0.95)
 CPU_ROWS = 2048  # a transcoder's hidden units for more rows than this fall out of the cache, at 15% of its time
+CPU_BASE_ROWS = 4096  # more rows make the base no faster
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -151,9 +151,10 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
     matrices = [p for p in stack.parameters.values() if p.ndim == 3]
     biases = [p for p in stack.parameters.values() if p.ndim == 2]
     settings = {"lr": recipe.lr, "peak_lr": recipe.lr}
-    if recipe.optimizer == "muon":
+    if recipe.optimizer != "adamw":
         first = Muon(
             [{"params": matrices, **settings}],
+            variant=recipe.optimizer,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             coefficients=recipe.newton_schulz,
@@ -170,23 +171,25 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
 
 
 def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torch.device, dtype: torch.dtype) -> int:
-    """As many sequences as half of the free memory holds, this process's share of a batch in equal parts.
+    """How many sequences a process works on at once: its share of a batch in equal parts, as few as may be.
 
-    A token's peak is either the base's (what its MLPs saw and said, an MLP's hidden layer, attention, residual
-    stream) or a transcoder's: its hidden units five times over (left, right, product and two gradients) and its inputs
-    and outputs in float32.
+    On a GPU a part takes at most half of the free memory. A token's peak is either the base's (an MLP's input, output
+    and hidden layer, attention, residual stream) or a transcoder's: its hidden units five times over (left, right,
+    product and two gradients) and its inputs and outputs in float32. On the CPU the size depends on nothing that may
+    change between two runs, since another one adds up in another order.
     """
-    hidden, ends = recipe.n_hidden(base.n_inputs), base.n_inputs + base.n_outputs
-    base_bytes = dtype.itemsize * (len(base.layers) * ends + 3 * (base.widest_map + 8 * base.n_inputs))
-    transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * ends
-    most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
+    if device.type == "cuda":
+        hidden, ends = recipe.n_hidden(base.n_inputs), base.n_inputs + base.n_outputs
+        base_bytes = dtype.itemsize * (ends + 3 * (base.widest_map + 8 * base.n_inputs))
+        transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * ends
+        most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
+    else:
+        most = CPU_BASE_ROWS // recipe.seq_len
     parts = -(-share // max(1, min(share, most)))
     return -(-share // parts)  # a remainder of another size would be compiled, and add up, apart
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes: the device's, what torch's allocator keeps for reuse among them, or the machine's for the CPU."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
+    """Bytes free on a GPU, among them what torch's allocator keeps for reuse."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
