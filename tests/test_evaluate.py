@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.evaluate import evaluate, list_layers, solve_affine
+from bilinear_tc.train.evaluate import evaluate, evaluate_set, list_layers, loss_table, solve_affine
 from bilinear_tc.train.fitter import make_transcoders
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.tokens import TokenBatch
@@ -157,6 +157,35 @@ def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders,
     for figures in result["layers"].values():
         assert figures["fvu"] == pytest.approx(0, abs=1e-9)
         assert figures["fvu_linear"] > 1e-3
+
+
+def test_where_mean_outputs_cost_nothing_there_is_no_loss_to_recover(neox, transcoders, accelerator):
+    """The MLP of layer 1 says one and the same, its mean, whatever comes in."""
+    last = neox.mlp(1).dense_4h_to_h
+    last.weight.zero_()
+    transcoders[1].output_mean.copy_(last.bias)
+    result, _ = measured(neox, transcoders, held_out(False), accelerator)
+    assert {layer: "loss_recovered" in figures for layer, figures in result["layers"].items()} == {
+        "0": True,
+        "1": False,
+        "2": True,
+    }
+    assert result["layers"]["1"]["ce_increase"] != 0
+    assert "loss_recovered" not in result["mean"]
+    assert "ce_increase" in result["mean"]
+    rows = {row[0]: row[1:] for row in map(str.split, loss_table(result).splitlines()) if len(row) == 4}
+    assert rows["1"][-1] == "–"
+    assert rows["0"][-1].endswith("%")
+
+
+def test_text_without_a_token_to_predict_is_refused_in_a_sentence(neox, transcoders, accelerator):
+    alone = [TokenBatch(torch.arange(8)[:, None])]
+    with pytest.raises(ValueError, match=r"^the base's loss cannot be measured.*documents of at least 2 tokens$"):
+        measured(neox, transcoders, alone, accelerator)
+    result, _ = measured(neox, transcoders, alone, accelerator, losses=False)
+    assert result["tokens"] == 8
+    with pytest.raises(ValueError, match="the base's loss cannot be measured"):  # before any text is opened
+        evaluate_set(transcoders, Recipe(seq_len=1, dataset="nowhere"), neox, accelerator, batch_size=8, losses=True)
 
 
 def test_the_affine_map_is_the_least_squares_one(neox, transcoders, accelerator):

@@ -36,6 +36,10 @@ from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.tokens import TokenBatch
 
 AFFINE_RIDGE = 1e-6
+NOTHING_TO_PREDICT = (
+    "the base's loss cannot be measured, since no token of the held-out text follows another in its sequence: expected "
+    "sequences (seq_len) and documents of at least 2 tokens"
+)
 MICRO_BATCH_SIZE = 32  # sequences that the base runs on at once
 
 
@@ -107,8 +111,14 @@ class LossSums:
         self.sums[2] += len(targets)
 
     def means(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Cross-entropy and KL(base ‖ this) in nats a token, over all processes."""
+        """Cross-entropy and KL(base ‖ this) in nats a token, over all processes.
+
+        Raises:
+            ValueError: where no token follows another, so that none was predicted.
+        """
         ce, kl, tokens = accelerator.reduce(self.sums).tolist()
+        if not tokens:
+            raise ValueError(NOTHING_TO_PREDICT)
         return ce / tokens, kl / tokens
 
 
@@ -188,12 +198,15 @@ def add_losses(
 def loss_figures(name: str, sums: dict[str, LossSums], ce: float, accelerator: Accelerator) -> dict[str, float]:
     """How much of the base's loss is lost with some MLPs replaced.
 
-    `loss_recovered` is 1 − (CE with the transcoders − CE) / (CE with the MLPs' mean outputs − CE).
+    `loss_recovered` is 1 − (CE with the transcoders − CE) / (CE with the MLPs' mean outputs − CE); it is left out where
+    mean outputs cost nothing, so that there is nothing to recover.
     """
     replaced, kl = sums[name].means(accelerator)
     ablated, _ = sums[f"{name} mean"].means(accelerator)
-    increase = replaced - ce
-    return {"ce_increase": increase, "kl": kl, "loss_recovered": 1 - increase / (ablated - ce)}
+    figures = {"ce_increase": replaced - ce, "kl": kl}
+    if ablated != ce:
+        figures["loss_recovered"] = 1 - (replaced - ce) / (ablated - ce)
+    return figures
 
 
 def evaluate(
@@ -237,7 +250,7 @@ def evaluate(
         for name, figures in layers.items():
             figures.update(loss_figures(name, sums, ce, accelerator))
         result["all_layers"] = loss_figures("all", sums, ce, accelerator)
-    keys = next(iter(layers.values()))
+    keys = [key for key in next(iter(layers.values())) if all(key in figures for figures in layers.values())]
     result["mean"] = {key: sum(figures[key] for figures in layers.values()) / len(layers) for key in keys}
     return result
 
@@ -255,9 +268,11 @@ def evaluate_set(
     """Measures a set on its recipe's held-out text, or on the one that `held_out` names; returns evaluation.json.
 
     Raises:
-        ValueError: where there is no held-out text.
+        ValueError: where there is no held-out text, or no token to predict in it.
     """
     held_out = held_out or recipe
+    if losses and recipe.seq_len < 2:
+        raise ValueError(NOTHING_TO_PREDICT)
     if held_out.eval_split is None:
         raise ValueError("the recipe names no held-out split (eval_split): name one with --split")
     if (held_out.dataset, held_out.eval_split) == (recipe.dataset, recipe.split):
@@ -325,7 +340,7 @@ def read_recipe(where: str, revision: str | None) -> Recipe:
 def write_evaluation(evaluation: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         with written_whole(folder) as scratch:
-            (scratch / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+            (scratch / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
 
 
 def fit_table(evaluation: dict[str, Any]) -> str:
@@ -346,7 +361,8 @@ def loss_table(evaluation: dict[str, Any]) -> str:
         f"{'replaced':>8}  {'CE increase':>11}  {'KL':>8}  {'loss recovered':>14}",
     ]
     for name, row in [*evaluation["layers"].items(), ("all", evaluation["all_layers"])]:
-        lines.append(f"{name:>8}  {row['ce_increase']:11.4f}  {row['kl']:8.4f}  {row['loss_recovered']:14.2%}")
+        recovered = f"{row['loss_recovered']:.2%}" if "loss_recovered" in row else "–"
+        lines.append(f"{name:>8}  {row['ce_increase']:11.4f}  {row['kl']:8.4f}  {recovered:>14}")
     return "\n".join(lines)
 
 
