@@ -39,12 +39,13 @@ class Finished:
 
 
 class Publisher:
-    """Publishes to one loopback Hub from processes whose HF_HOME is `home`."""
+    """Publishes to one loopback Hub from processes whose HF_HOME is `home`; `variables` join their environment."""
 
     _context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, hub: HubServer, home: Path, token: str | None = None) -> None:
+    def __init__(self, hub: HubServer, home: Path, token: str | None = None, **variables: str) -> None:
         self.hub, self.home, self.token = hub, home, hub.token if token is None else token
+        self.variables = variables
         self.home.mkdir(parents=True, exist_ok=True)
         self._runs = 0
 
@@ -60,7 +61,7 @@ class Publisher:
         """Starts a process that runs a function of this module as a script would."""
         self._runs += 1
         out = self.home / f"run-{self._runs}"
-        environment = self.hub.environment(self.home, token=self.token)
+        environment = self.hub.environment(self.home, token=self.token) | self.variables
         process = self._context.Process(target=_begin, args=(environment, out, target, arguments))
         process.out = out
         process.start()
@@ -113,6 +114,7 @@ def _begin(environment: dict[str, str], out: Path, target: Callable[..., None], 
     os.environ.update(environment)
     # what importing huggingface_hub and transformers in this environment sets
     constants.ENDPOINT = environment["HF_ENDPOINT"]
+    constants.HF_HUB_OFFLINE = environment.get("HF_HUB_OFFLINE") == "1"
     constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     dynamic_module_utils.HF_MODULES_CACHE = str(Path(environment["HF_HOME"]) / "modules")
     command_line(lambda: target(*arguments))

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from tiny_run import write_tiny_run
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.upload.hub import HubRepository, compare
-from bilinear_tc.upload.publish import Publication, same_outputs
+from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
 from bilinear_tc.upload.results import read_results
 
@@ -248,6 +249,41 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(hub: HubServer, publisher
     assert lines["layer_1/history.parquet"].startswith("+")
     size = (run / "layer_1" / "history.parquet").stat().st_size
     assert f"{size / 1000:.1f} kB" in lines["layer_1/history.parquet"]
+
+
+def listed(output: str) -> set[str]:
+    """The paths that a dry run lists without a mark, each after its size."""
+    return set(re.findall(r"^ +[\d.]+ k?B  (\S+)$", output, flags=re.MULTILINE))
+
+
+def test_a_dry_run_offline_lists_the_files_and_says_why_they_are_not_compared(
+    hub: HubServer, publisher: Publisher, run: Path
+) -> None:
+    offline = Publisher(hub, publisher.home, HF_HUB_OFFLINE="1")
+    started = time.monotonic()
+    done = offline.command(run, "--repo_id", REPO, "--dry_run")
+    assert done.returncode == 0, done.output
+    assert listed(done.stdout) == set(local_hashes(run / "repository"))
+    assert re.search(r"nothing was sent; the files were not compared .*HF_HUB_OFFLINE.*: unset it$", done.stdout)
+    refused = offline.command(run, "--repo_id", REPO)
+    assert refused.returncode == 1
+    assert re.fullmatch(r"error: .*HF_HUB_OFFLINE.*: unset it\n", refused.stderr), refused.stderr
+    assert time.monotonic() - started < 15  # no pauses of 1, 2, 4 and 8 seconds
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_dry_run_lists_the_files_where_the_hub_gives_no_answer(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], fault: Fault
+) -> None:
+    hub.fail(1, fault, times=1000)
+    repository = HubRepository(REPO, attempts=2, first_wait=0)
+    repository.api = HfApi(endpoint=hub.url, token=hub.token)
+    show_plan(repository, list_files(run))
+    printed = capsys.readouterr().out
+    assert listed(printed) == set(local_hashes(run))
+    assert re.search(r"the files were not compared with tester/set on the Hub: the .* failed 2 times", printed)
+    assert len(hub.requests) == 2
 
 
 def test_files_go_by_xet_where_the_hub_has_it_and_else_as_streams(hub: HubServer, run: Path) -> None:

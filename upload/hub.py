@@ -13,7 +13,7 @@ from urllib.parse import quote
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session, hf_raise_for_status
 
 from bilinear_tc.upload.repository import LAYOUT, LocalFile
 
@@ -27,6 +27,10 @@ NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
 
 class HubRefusal(RuntimeError):
     """The Hub, or the way to it, refused: one sentence with the remedy."""
+
+
+class HubUnreachable(HubRefusal):
+    """The Hub gives no answer, or is not to be asked."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class HubRepository:
         """The answer to a call, tried again while failures may pass.
 
         Raises:
-            HubRefusal: in one sentence, with the remedy.
+            HubRefusal: in one sentence, with the remedy; HubUnreachable where there was no answer.
             Exception: of a type in `expect`, as it came; and what has nothing to do with the network.
         """
         for attempt in range(1, self.attempts + 1):
@@ -116,7 +120,8 @@ class HubRepository:
                 if network_error(error) is None:
                     raise
                 if not may_pass(error) or attempt == self.attempts:
-                    raise HubRefusal(self.explain(error)) from error
+                    kind = HubUnreachable if is_unanswered(error) else HubRefusal
+                    raise kind(self.explain(error)) from error
                 time.sleep(self.first_wait * 2 ** (attempt - 1))
         raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
@@ -140,6 +145,8 @@ class HubRepository:
                     f"{self.revision} of {self.repo_id} was changed by someone else meanwhile (412), and nothing was "
                     "published: run the command again to publish onto the new state"
                 )
+            case None if is_offline(error):
+                return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
                 return (
                     f"the connection to the Hub failed {self.attempts} times ({reason}): run the command again to go on"
@@ -325,9 +332,19 @@ def status_of(error: BaseException) -> int | None:
     return None if response is None else response.status_code
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed later: no answer came, or the Hub said that it is in trouble."""
+def is_unanswered(error: BaseException) -> bool:
+    """Whether no answer came, or the Hub only said that it is in trouble."""
     return status_of(error) in {None, *PASSING}
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether nothing was asked, as the environment says to stay offline."""
+    return isinstance(network_error(error), OfflineModeIsEnabled)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later."""
+    return is_unanswered(error) and not is_offline(error)
 
 
 def redacted(text: str) -> str:

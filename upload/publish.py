@@ -17,7 +17,7 @@ from transformers import AutoModel, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from bilinear_tc.train.command import command_line
-from bilinear_tc.upload.hub import Changes, HubRepository, State, compare
+from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, compare
 from bilinear_tc.upload.repository import (
     DTYPES,
     LocalFile,
@@ -141,15 +141,23 @@ def bring_up_to_date(
 
 
 def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
-    """Lists the files with their sizes, and what publishing them would change."""
-    head = hub.head() or hub.head("main")  # where a new branch starts
-    changes = compare(local, hub.files(head) if head else {})
-    marks = dict.fromkeys(changes.added, "+") | dict.fromkeys(changes.replaced, "~")
+    """Lists the files with their sizes, and what publishing them would change where the Hub can be asked."""
+    try:
+        head = hub.head() or hub.head("main")  # where a new branch starts
+        changes = compare(local, hub.files(head) if head else {})
+    except HubUnreachable as error:
+        marks, removed = {}, []
+        outcome = f"the files were not compared with {hub.repo_id} on the Hub: {error}"
+    else:
+        marks = {"=": changes.kept, "+": changes.added, "~": changes.replaced}
+        marks = {path: mark for mark, paths in marks.items() for path in paths}
+        removed = changes.removed
+        outcome = f"publishing to {hub.repo_id} means {summary(changes)}"
     for path, file in local.items():
-        print(f"{marks.get(path, '=')} {readable_size(file.size):>9}  {path}")
-    for path in changes.removed:
+        print(f"{marks.get(path, ' ')} {readable_size(file.size):>9}  {path}")
+    for path in removed:
         print(f"- {'':>9}  {path}")
-    print(f"dry run, nothing was sent; publishing to {hub.repo_id} means {summary(changes)}")
+    print(f"dry run, nothing was sent; {outcome}")
 
 
 def verify(
