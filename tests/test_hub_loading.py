@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fitting import write_base
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -86,6 +87,26 @@ def test_layers_load_from_a_folder(tmp_path: Path) -> None:
     for (layer, _, output), wanted in zip(outputs, (0, 3), strict=True):
         assert layer == wanted
         assert torch.equal(output, saved_output(run, wanted))
+
+
+BASE_LOADER = """
+import sys
+from bilinear_tc.train.base import Base
+print(Base.load("tester/base").commit, Base.load("tester/base", revision=sys.argv[1]).commit)
+"""
+
+
+def test_a_base_knows_the_commit_that_it_was_loaded_at(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    with HubServer(tmp_path / "hub") as hub:
+        old = hub.put("tester/base", {file.name: file for file in base.iterdir()})
+        new = hub.put("tester/base", {"README.md": b"another commit"})
+        command = [sys.executable, "-c", BASE_LOADER, old]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert old != new
+    assert done.stdout.split() == [new, old]
 
 
 def test_a_private_set_loads_with_a_token_only(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -70,6 +72,42 @@ def test_the_run_holds_what_the_readme_says(quickstart_run):
         calibration = -(-recipe.init_tokens // batch) * batch
         assert history["tokens"].to_pylist() == [calibration + step * batch for step in history["step"].to_pylist()]
         assert history["variance_explained"][-1].as_py() == 1 - history["fvu"][-1].as_py()
+
+
+def test_a_layers_settings_say_what_the_fit_chose(tiny_fit, tmp_path):
+    for micro_batch_size, flags in ((22, ()), (5, ("--micro_batch_size", 5))):
+        run = tmp_path / f"run-{micro_batch_size}"
+        assert tiny_fit.run(run, "--max_steps", 1, *flags).returncode == 0
+        facts = yaml.safe_load((run / "layer_1" / "config.yaml").read_text(encoding="utf-8"))["fit"]
+        assert facts["micro_batch_size"] == micro_batch_size
+        assert facts["base_commit"] is None
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import FitFacts, begin_run, write_layers
+
+run, recipe = Path(sys.argv[1]), Recipe(base="mod\\u00e8le")
+(run / "checkpoints").mkdir(parents=True)
+begin_run(run, recipe)
+transcoder = BilinearTC(BilinearTCConfig(2, 2, 2, base_model=recipe.base, layer_index=0))
+facts = FitFacts(0, 0, 0.0, "cpu", 1, "float32", micro_batch_size=1, base_commit=None)
+write_layers(run, [transcoder], [{"step": [], "fvu": []}], recipe, facts)
+"""
+
+
+def test_a_run_is_written_in_utf8_whatever_the_locale(tmp_path):
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run")]
+    done = subprocess.run(command, env=os.environ | ascii_locale, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_settings(tmp_path / "run" / "recipe.yaml")["base"] == "modèle"
+    described = yaml.safe_load((tmp_path / "run" / "layer_0" / "config.yaml").read_text(encoding="utf-8"))
+    assert described["base_model"] == "modèle"
 
 
 def test_it_prints_a_table_and_what_to_try_next(quickstart_run):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ def one_sentence(name: str) -> Iterator[None]:
         ) from error
 
 
+def cached_commit(location: str, revision: str | None) -> str | None:
+    """The commit at which a model lies in the Hub's cache, None for a folder; transformers itself no longer tells."""
+    if Path(location).is_dir():
+        return None
+    config = try_to_load_from_cache(location, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
 class Base:
     """A frozen decoder in evaluation mode, and the MLPs of the layers that were asked for.
 
@@ -57,12 +66,14 @@ class Base:
         layers: the layer indices asked for, ascending.
         n_inputs, n_outputs: width of the MLPs' inputs and outputs.
         widest_map: the widest side of any of their linear maps.
+        commit: the commit of the Hub repository that `load` took it from; None where it was a folder.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int] | None = None
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.commit: str | None = None
         self.tokenizer = tokenizer
         blocks_name, blocks = find_blocks(model.base_model)
         mlp_name = find_mlp_name(blocks[0])
@@ -106,7 +117,9 @@ class Base:
         with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        return cls(model.to(device), tokenizer, layers)
+        base = cls(model.to(device), tokenizer, layers)
+        base.commit = cached_commit(location, revision)
+        return base
 
     def mlp_path(self, layer: int) -> str:
         """The MLP's module path from the causal language model, such as `gpt_neox.layers.3.mlp`."""

@@ -151,6 +151,8 @@ def export_layers(run: Path, recipe: Recipe, fitter: Fitter, progress: Progress)
         else f"{torch.get_num_threads()} CPU threads",
         processes=accelerator.num_processes,
         dtype=str(fitter.stack.dtype).removeprefix("torch."),
+        micro_batch_size=fitter.micro_batch_size,
+        base_commit=fitter.base.commit,
     )
     histories = [progress.history(index) for index in range(len(fitter.stack.transcoders))]
     write_layers(run, fitter.stack.transcoders, histories, recipe, facts)
@@ -206,7 +208,7 @@ def print_result(run: Path, recipe: Recipe) -> None:
     if recipe.eval_split is None:
         print(f"fitted {len(layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        print(fit_table(json.loads((run / "evaluation.json").read_text())))
+        print(fit_table(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))))
     print(
         f"\nTry next:\n  from transformers import AutoModel\n"
         f'  tc = AutoModel.from_pretrained("{run}", subfolder="layer_{layers[0]}", trust_remote_code=True)'

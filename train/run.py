@@ -39,7 +39,16 @@ FREE_SETTINGS = {
 
 @dataclass
 class FitFacts:
-    """What a fit measured of itself; `seconds` is the wall time of all layers together, over all its resumes."""
+    """What a fit measured of itself, and what it chose where the recipe left it open.
+
+    Attributes:
+        steps, tokens: optimiser steps made, and tokens read for them and for the start.
+        seconds: wall time of all layers together, over all its resumes.
+        device, processes, dtype: what it ran on, and the type that it computed in.
+        micro_batch_size: sequences that a process worked on at once.
+        base_commit: commit of the base on the Hub; None for a folder.
+        torch, transformers: their versions.
+    """
 
     steps: int
     tokens: int
@@ -47,6 +56,8 @@ class FitFacts:
     device: str
     processes: int
     dtype: str
+    micro_batch_size: int
+    base_commit: str | None
     torch: str = str(torch.__version__)
     transformers: str = transformers.__version__
 
@@ -154,7 +165,7 @@ def write_layers(
             void.unlink(missing_ok=True)
         for transcoder, history in zip(transcoders, histories, strict=True):
             write_layer(folder, transcoder, history, recipe, facts)
-        (folder / EXPORTED).write_text(str(facts.steps))
+        (folder / EXPORTED).write_text(str(facts.steps), encoding="utf-8")
     except (OSError, SafetensorError, pyarrow.ArrowException) as error:
         raise OSError(
             f"the layers could not all be written to {folder} ({' '.join(str(error).split())}): those that are there "
@@ -165,7 +176,7 @@ def write_layers(
 def exported_step(folder: Path) -> int | None:
     """The step that all layers in a run stand at, or None where some may stand at another."""
     note = folder / EXPORTED
-    return int(note.read_text()) if note.is_file() else None
+    return int(note.read_text(encoding="utf-8")) if note.is_file() else None
 
 
 def write_layer(
@@ -197,5 +208,6 @@ def write_layer(
         transcoder.save_pretrained(scratch)
         for name in CODE_FILES:  # they lie once, at the run's root
             (scratch / name).unlink(missing_ok=True)
-        (scratch / "config.yaml").write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+        settings_file = scratch / "config.yaml"
+        settings_file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
         pyarrow.parquet.write_table(table, scratch / "history.parquet")

@@ -106,13 +106,12 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }.items():
         path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields, indent=2) + "\n")
+        settings = json.loads(path.read_text(encoding="utf-8")) | fields
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch_size", type=int, default=16, help="sequences a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
@@ -186,7 +185,8 @@ def main() -> None:
             length=args.length,
             minutes=minutes,
             threads=torch.get_num_threads(),
-        )
+        ),
+        encoding="utf-8",
     )
 
 
