@@ -32,7 +32,6 @@ from bilinear_tc.train.fitter import CARD_BETAS, Fitter, compute_dtype, make_tra
 from bilinear_tc.train.muon import flops as muon_flops
 from bilinear_tc.train.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
-from bilinear_tc.train.stack import squared_error
 from bilinear_tc.train.tokens import SharedBatches, TokenBatch
 
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
@@ -196,13 +195,13 @@ class LayerAtATime:
             self.base.model(input_ids=batch.input_ids.to(self.device))
         handle.remove()
         x, y = (t.to(self.device) for t in captured)
-        statistics = [s for t in (x, y) for s in (t.mean(0), t.std(0))]
-        loss = squared_error(self.transcoder, x, y, *statistics) / y.numel()
+        x, z = ((t - t.mean(0)) / t.std(0) for t in (x, y))
+        loss = nn.functional.mse_loss(self.transcoder.normalized_forward(x), z)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        variance = ((y - statistics[2]) / statistics[3]).var(0, correction=0).mean()
+        variance = z.var(0, correction=0).mean()
         self.history.append((loss.item(), (loss / variance).item()))  # what the published checkpoints hold
 
 

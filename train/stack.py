@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.gradients import error_and_gradients
 from bilinear_tc.train.moments import Moments
 
 # The factor on the sum of squared errors that float16 gradients are of: between its smallest number, 6e-8, in a row's
@@ -20,8 +19,8 @@ FLOAT16_SCALE = 2.0**-8
 class Stack:
     """One `BilinearTC` a layer, whose parameters and gradients are views into stacked buffers.
 
-    Autograd sees each layer's 2-D leaves, so that a layer's backward pass touches that layer alone; the optimiser
-    sees one [layers, rows, cols] batch a map; all gradients lie in one buffer, reduced over processes in one go.
+    A layer's gradients touch that layer's part of the buffers alone; the optimiser sees one [layers, rows, cols] batch
+    a map; all gradients lie in one buffer, reduced over processes in one go.
 
     Attributes:
         transcoders: the layers' models, float32.
@@ -47,14 +46,12 @@ class Stack:
             stacked.grad = self._gradients[offset : offset + values.numel()].view_as(values)
             offset += values.numel()
             for transcoder, value, gradient in zip(transcoders, stacked.data, stacked.grad, strict=True):
-                view = nn.Parameter(value)
+                view = nn.Parameter(value, requires_grad=False)
                 view.grad = gradient
                 module_name, _, leaf = name.rpartition(".")
                 setattr(transcoder.get_submodule(module_name), leaf, view)
             self.parameters[name] = stacked
-        self._squared_error: Callable[..., Tensor] = squared_error
-        if compile:
-            self._squared_error = torch.compile(squared_error)
+        self._error_and_gradients = torch.compile(error_and_gradients) if compile else error_and_gradients
 
     def accumulate(
         self, activations: Activations, inputs: Moments, outputs: Moments, rows: int, micro_rows: int
@@ -75,16 +72,18 @@ class Stack:
         scale = 1 / (rows * outputs.mean.shape[-1])
         # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
         factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
+        on_device = torch.tensor(factor, device=self.device)  # as a number it would be compiled anew for other rows
         statistics = [s.float() for s in (inputs.mean, inputs.std, outputs.mean, outputs.std)]
         for layer, transcoder in enumerate(self.transcoders):
+            parameters = dict(transcoder.named_parameters())
             layer_statistics = [s[layer] for s in statistics]
             for x, y in zip(
                 activations.x[layer].split(micro_rows), activations.y[layer].split(micro_rows), strict=True
             ):
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    error = self._squared_error(transcoder, x, y, *layer_statistics)
-                (error * factor).backward()
-                errors[layer] += error.detach()
+                error, gradients = self._error_and_gradients(parameters, x, y, *layer_statistics, on_device, self.dtype)
+                errors[layer] += error
+                for name, gradient in gradients.items():
+                    parameters[name].grad += gradient
         if factor != scale:
             self._gradients.mul_(scale / factor)
         return errors
@@ -119,21 +118,3 @@ class Stack:
             parameter.data.copy_(state["parameters"][name])
         self.inputs = Moments(**state["inputs"]).to(self.device)
         self.outputs = Moments(**state["outputs"]).to(self.device)
-
-
-def squared_error(
-    transcoder: BilinearTC,
-    x: Tensor,
-    y: Tensor,
-    input_mean: Tensor,
-    input_std: Tensor,
-    output_mean: Tensor,
-    output_std: Tensor,
-) -> Tensor:
-    """Σ‖z − ẑ‖² over the rows: z the z-scored MLP output, ẑ the transcoder's for the z-scored input.
-
-    Args:
-        x: [rows, n_inputs]; y: [rows, n_outputs]; the statistics: [features].
-    """
-    predicted = transcoder.normalized_forward((x.float() - input_mean) / input_std)
-    return (predicted.float() - (y.float() - output_mean) / output_std).square().sum()
