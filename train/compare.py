@@ -59,6 +59,10 @@ class ComparisonSettings:
     base: str | None = field(default=None, metadata={"help": "Another base."})
     dataset: str | None = field(default=None, metadata={"help": "Another text."})
     harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
+    hidden_multiplier: float | None = field(
+        default=None,
+        metadata={"help": "Hidden units of ours, in units of its input's width; the recipe's if left out."},
+    )
     eval_tokens: int = field(default=131072, metadata={"help": "Held-out tokens."})
     points: int = field(default=20, metadata={"help": "Points on each curve."})
     output_dir: str = field(default="runs/comparison", metadata={"help": "Where the figures and the JSON go."})
@@ -174,6 +178,7 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
         base=settings.base or ours.base,
         dataset=settings.dataset or ours.dataset,
         batch_size=settings.batch_size or ours.batch_size,
+        hidden_multiplier=settings.hidden_multiplier or ours.hidden_multiplier,
         eval_tokens=settings.eval_tokens,
     )
     card_file = Recipe(**read_settings(recipe_file("pythia-410m-card")))
@@ -209,6 +214,7 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
     curves["ours, shorter fits"] = short
 
     print(f"\n{ours.base}, pre-activations × {settings.harden:g}, {settings.steps} steps of {rows:,} rows")
+    print(f"hidden units a layer: card {card.n_hidden(base.n_inputs)}, ours {ours.n_hidden(base.n_inputs)}")
     print(f"held-out FVU on {held_out.rows:,} tokens of {ours.dataset} ({ours.eval_split})\n")
     print(f"{'layer':>5}  {'card':>8}  {'ours':>8}  {'ratio':>6}  {'closed form':>11}")
     final = [*zip(card_curve.final, our_curve.final, closed_curve.final, strict=True)]
@@ -229,6 +235,8 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
     folder = Path(settings.output_dir)
     with written_whole(folder) as scratch:
         name = f"{Path(ours.base).name}_x{settings.harden:g}"
+        if ours.hidden_multiplier != card.hidden_multiplier:
+            name += f"_width{ours.hidden_multiplier:g}"
         draw(curves, scratch / f"{name}.png", f"{ours.base}, pre-activations × {settings.harden:g}")
         results = {"settings": dataclasses.asdict(settings), "curves": {k: vars(v) for k, v in curves.items()}}
         (scratch / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
