@@ -321,6 +321,8 @@ class BilinearTC(PreTrainedModel):
         try:
             with torch.no_grad(), _hooks_silenced(mlp), torch.random.fork_rng(generators):
                 y = _true_forward(mlp)(zeros)
+        except torch.cuda.OutOfMemoryError:  # a RuntimeError that tells nothing about widths
+            raise
         except (RuntimeError, TypeError, ValueError) as error:
             hidden_size = getattr(getattr(base, "config", None), "hidden_size", "unknown")
             raise ValueError(

@@ -28,17 +28,20 @@ from transformers import AutoConfig, AutoModel
 out, where, loads = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 outputs = []
 for load in loads:
-    config = AutoConfig.from_pretrained(where, trust_remote_code=True, **load)
+    place = {name: value for name, value in load.items() if name in ("subfolder", "revision")}
+    config = AutoConfig.from_pretrained(where, trust_remote_code=True, **place)
     model = AutoModel.from_pretrained(where, trust_remote_code=True, **load)
+    if "dtype" in load:
+        config.dtype = load["dtype"]
     assert config.to_dict() == model.config.to_dict(), (config, model.config)
     x = torch.linspace(-2, 2, 6 * config.n_inputs).reshape(2, 3, config.n_inputs)
     with torch.no_grad():
-        outputs.append((config.layer_index, type(model).__name__, model(x)))
+        outputs.append((config.layer_index, type(model).__name__, model(x.to(model.device)).cpu()))
 torch.save(outputs, out)
 """
 
 
-def load_in_fresh_process(where: str | Path, loads: list[dict[str, str]], environment: dict[str, str], out: Path):
+def load_in_fresh_process(where: str | Path, loads: list[dict], environment: dict[str, str], out: Path):
     """Layer index, class name and output on a fixed input of every load, from a process that starts with nothing."""
     command = [sys.executable, "-c", LOADER, str(out), str(where), json.dumps(loads)]
     done = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=120)
@@ -94,6 +97,18 @@ import sys
 from bilinear_tc.train.base import Base
 print(Base.load("tester/base").commit, Base.load("tester/base", revision=sys.argv[1]).commit)
 """
+
+
+def test_a_layer_loads_where_and_as_what_it_is_asked_to(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=(3,))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    dtypes, placings = ("float32", "bfloat16"), ({}, {"device_map": "auto"}, {"device_map": {"": "cpu"}})
+    loads = [{"subfolder": "layer_3", "dtype": dtype, **placing} for dtype in dtypes for placing in placings]
+    outputs, expected = load_in_fresh_process(run, loads, environment, tmp_path / "outputs.pt"), saved_output(run, 3)
+    for load, (_, _, output) in zip(loads, outputs, strict=True):
+        assert output.dtype == getattr(torch, load["dtype"])
+        tolerance = {"float32": 1e-5, "bfloat16": 0.03}[load["dtype"]] * expected.abs().max()
+        assert (output - expected).abs().max() < tolerance
 
 
 def test_a_base_knows_the_commit_that_it_was_loaded_at(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -107,6 +111,24 @@ def with_hook(base, path, replacement=None):
 def one_sentence(error):
     message = str(error.value)
     return message.endswith(".") and "\n" not in message and ". " not in message
+
+
+# ------------------------------------------------------------------------------------------------ the two files
+
+
+@pytest.mark.parametrize("module", ["configuration_bilinear_tc", "modeling_bilinear_tc"])
+def test_the_file_imports_only_what_a_reader_of_the_hub_has(module):
+    """Read from its text, so that an import inside a function, or one that happens to be installed here, counts too."""
+    tree = ast.parse(Path(sys.modules[f"bilinear_tc.{module}"].__file__).read_text(encoding="utf-8"))
+    absolute, relative = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            (relative if node.level else absolute).add((node.module or "").partition(".")[0])
+    assert "transformers" in absolute
+    assert absolute - sys.stdlib_module_names <= {"torch", "transformers"}
+    assert relative <= {"configuration_bilinear_tc"}
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -279,6 +301,20 @@ def test_compiles_in_one_graph(form, dtype):
     for shape in ((2, 3, WIDTH), (WIDTH,)):
         x = torch.randn(shape)
         torch.testing.assert_close(compiled(x), tc(x))
+
+
+def can_compile():
+    """Whether torch's default backend finds what it needs here: a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return compiler and Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile's default backend needs a C++ compiler and Python.h")
+def test_compiles_with_the_default_backend():
+    torch.compiler.reset()
+    tc, x = transcoder(), torch.randn(2, 3, WIDTH)
+    compiled = torch.compile(tc, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x).double(), by_the_formula(tc, x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_parameter_may_be_replaced_by_a_view():
@@ -524,6 +560,18 @@ def test_an_mlp_that_is_not_one_tensor_to_one_tensor_is_refused(use, mlp, call, 
     with pytest.raises(ValueError, match=sentence):
         use_on(transcoder(mlp_path="mlp"), use, base)
     base(TOKENS)
+
+
+@pytest.mark.parametrize("use", ["attached", "capture"])
+def test_a_full_device_is_not_taken_for_a_base_that_does_not_fit(use):
+    base = neox()
+
+    def full(_x):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    base.gpt_neox.layers[1].mlp.forward = full
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
+        use_on(transcoder(mlp_path="gpt_neox.layers.1.mlp"), use, base)
 
 
 def use_on(tc, use, base):
