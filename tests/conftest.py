@@ -17,6 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from bilinear_tc.train.base import Base
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+QUICKSTART_COMMAND = "accelerate launch train/fit.py --recipe quickstart"  # as the README prints it
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +67,10 @@ class QuickstartRun:
 
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
-    """`accelerate launch train/fit.py --recipe quickstart`, once for all tests."""
+    """The quickstart command, once for all tests."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", "train/fit.py", "--recipe", "quickstart", "--output_dir", folder]
+    program, *arguments = QUICKSTART_COMMAND.split()
+    command = [Path(sys.executable).with_name(program), *arguments, "--output_dir", folder]
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return QuickstartRun(folder, finished.stdout)

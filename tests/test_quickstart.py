@@ -43,6 +43,22 @@ def held_out() -> torch.Tensor:
     return torch.tensor(ids[: 128 * 128]).view(128, 128)
 
 
+def test_the_base_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in BASE.iterdir() if file.is_file()) <= 6_000_000
+
+
+@torch.no_grad()
+def test_the_base_is_trained_far_below_the_unigram_entropy(base, held_out):
+    """The entropy of the very tokens that it is measured on, which no unigram model's loss on them can beat."""
+    text = held_out[:32]
+    log_probs = base(text).logits[:, :-1].double().log_softmax(-1)
+    loss = -log_probs.gather(-1, text[:, 1:, None]).mean()
+    counts = text.unique(return_counts=True)[1].double()
+    frequencies = counts / counts.sum()
+    entropy = -(frequencies * frequencies.log()).sum()
+    assert loss < 0.6 * entropy
+
+
 def test_the_run_holds_what_the_readme_says(quickstart_run):
     run = quickstart_run.folder
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}

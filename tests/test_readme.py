@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import QUICKSTART_COMMAND
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -36,6 +37,12 @@ def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
         loss, spliced = map(float, re.search(r"loss ([\d.]+), with the transcoder ([\d.]+)", done.stdout).groups())
         assert 0 < unexplained < 0.4
         assert abs(spliced - loss) < 0.2 * loss
+
+
+def test_the_tests_run_the_readmes_quickstart_command():
+    commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+    set_up = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/"
+    assert commands[0] == set_up + QUICKSTART_COMMAND
 
 
 def test_ci_runs_the_readmes_test_command():
