@@ -38,6 +38,7 @@ Fault = Failure | Callable[[], Failure | None]
 RepoType = Literal["model", "dataset"]
 
 CHUNK = 1 << 20
+XET_TOKEN = "xet"  # what a client shows to the storage host instead of its own token
 REGULAR_LIMIT = 10 << 20  # the Hub takes no larger file outside LFS
 LFS_SUFFIXES = {".safetensors", ".pt", ".bin", ".parquet", ".zst", ".gz", ".zip", ".npz", ".arrow"}
 
@@ -438,7 +439,7 @@ class StorageHandler(Handler):
     """The storage host: PUT and GET of contents by sha256, open to whoever holds the address."""
 
     def dispatch(self) -> None:
-        if self.headers.get("Authorization"):
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in ("", XET_TOKEN):
             self.hub.leaks.append(self.path)
         sha256 = self.parts[-1]
         if not re.fullmatch(r"[0-9a-f]{64}", sha256):
@@ -529,7 +530,13 @@ class HubHandler(Handler):
                 self._commits(self._repo(repo_type, repo_id), revision)
             case "GET", ["xet-write-token", _] if self.hub.has_xet:
                 self._repo(repo_type, repo_id, write=True)
-                self.reply({"casUrl": self.hub.storage_url, "exp": int(time.time()) + 3600, "accessToken": "xet"})
+                self.reply(
+                    {
+                        "casUrl": self.hub.storage_url,
+                        "exp": int(time.time()) + 3600,
+                        "accessToken": XET_TOKEN,
+                    }
+                )
             case "POST", ["preupload", revision]:
                 self._preupload(self._repo(repo_type, repo_id, write=True), revision)
             case "POST", ["commit", revision]:

@@ -31,7 +31,7 @@ from test_hub_loading import load_in_fresh_process, saved_output
 from tiny_run import write_tiny_run
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.upload.hub import HubRepository, compare
+from bilinear_tc.upload.hub import HubRepository, XetError, compare
 from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
 from bilinear_tc.upload.results import read_results
@@ -299,6 +299,49 @@ def test_files_go_by_xet_where_the_hub_has_it_and_else_as_streams(hub: HubServer
             additions = repository._additions(local, changes, opened, create_pr=False)
             kinds[hub.has_xet] = {type(addition.path_or_fileobj).__name__ for addition in additions}
     assert kinds == {False: {"BufferedReader"}, True: {"str"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError("token expired"), "may not write to tester/set (403)"),
+        (
+            ConnectionError("Request error: HTTP status client error (403 Forbidden)"),
+            "may not write to tester/set (403)",
+        ),
+        (ConnectionError("Request error: HTTP status client error (401 Unauthorized)"), "accept the token (401)"),
+        (ConnectionError("Request error: HTTP status server error (500)"), "failed 5 times (Request error"),
+        (RuntimeError("CAS service error"), "failed 5 times (CAS service error): run the command again"),
+    ],
+)
+def test_what_xet_storage_says_is_explained_like_what_the_hub_says(error: Exception, sentence: str) -> None:
+    assert sentence in HubRepository(REPO).explain(XetError(error))
+
+
+def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(hub: HubServer, run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hf_xet")
+    build_repository(run, run / "repository", check_run(run), repo_id=REPO)
+    hub.create(REPO)
+    hub.has_xet = True  # and no storage: what hf_xet sends there is answered by 404
+    publisher, settings = Publisher(hub, tmp_path / "home"), Publication(repo_id=REPO)
+    failed = publisher.send(run, settings)
+    assert failed.returncode == 1
+    sentence = failed.stderr.splitlines()[-1]  # below the progress bars
+    assert re.fullmatch(r"error: the connection to the Hub failed 5 times.*run the command again.*", sentence)
+
+    before = len(hub.requests)
+    tokens = f"GET /api/models/{REPO}/xet-write-token/main"
+
+    def refuse_hf_xet() -> int | None:  # the first such request asks whether the Hub has Xet storage
+        return 403 if hub.requests[-1] == tokens and hub.requests[before:].count(tokens) > 1 else None
+
+    hub.fail(1, refuse_hf_xet, times=1000)
+    refused = publisher.send(run, settings)
+    assert refused.returncode == 1
+    sentence = refused.stderr.splitlines()[-1]
+    assert re.fullmatch(r"error: the token may not write to tester/set \(403\): .*", sentence), refused.stderr
+    assert hub.requests[before:].count(tokens) == 2
+    assert published(hub) == {}
 
 
 # What is refused

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from types import NoneType
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -31,6 +33,19 @@ class HubRefusal(RuntimeError):
 
 class HubUnreachable(HubRefusal):
     """The Hub gives no answer, or is not to be asked."""
+
+
+class XetError(ConnectionError):
+    """An upload to Xet storage failed, whose client raises Python's own errors and tells an HTTP status in words only.
+
+    Attributes:
+        status: 401 or 403 where the token was refused, else None.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        refused = re.search(r"HTTP status client error \((401|403)", str(error))
+        self.status = int(refused[1]) if refused else 403 if isinstance(error, PermissionError) else None
 
 
 @dataclass(frozen=True)
@@ -250,7 +265,7 @@ class HubRepository:
         with ExitStack() as opened:
             additions = self._additions(local, changes, opened, create_pr=create_pr)
             options = {"revision": self.revision, "create_pr": create_pr}
-            self.ask(lambda: self.api.preupload_lfs_files(self.repo_id, additions, **options))
+            self.ask(lambda: self._upload(additions, **options))
             operations = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in changes.removed)]
             tried = False
 
@@ -283,6 +298,16 @@ class HubRepository:
             return [CommitOperationAdd(path, local[path].path) for path in paths]
         streams = ((path, opened.enter_context(local[path].path.open("rb"))) for path in paths)
         return [CommitOperationAdd(path, stream) for path, stream in streams]
+
+    def _upload(self, additions: list[CommitOperationAdd], **options: Any) -> None:
+        try:
+            self.api.preupload_lfs_files(self.repo_id, additions, **options)
+        except (ConnectionError, PermissionError, RuntimeError) as error:
+            # the HTTP library's errors are of its own types, and a file that cannot be read gives an error number
+            of_xet = type(network_error(error)) in (ConnectionError, NoneType) and getattr(error, "errno", None) is None
+            if of_xet:
+                raise XetError(error) from error
+            raise
 
     def _has_xet(self, *, create_pr: bool) -> bool:
         """Whether the Hub hands out access to Xet storage; a mirror or a self-hosted Hub may know only LFS."""
@@ -328,7 +353,10 @@ def network_error(error: BaseException) -> BaseException | None:
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error came from; None where no answer came."""
-    response = getattr(network_error(error), "response", None)
+    failure = network_error(error)
+    if isinstance(failure, XetError):
+        return failure.status
+    response = getattr(failure, "response", None)
     return None if response is None else response.status_code
 
 
