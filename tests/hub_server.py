@@ -87,13 +87,15 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: its commits by id and its refs (refs/heads/…, refs/tags/…, refs/pr/…) by full name."""
+    """A repository: its commits by id and its refs (refs/heads/…, refs/tags/…, refs/pr/…) by full name, and which of
+    its pull requests were closed."""
 
     repo_id: str
     repo_type: RepoType
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
 
     def ref_name(self, revision: str) -> str | None:
         """Full name of the branch, pull request or tag that `revision` means, or None."""
@@ -526,6 +528,8 @@ class HubHandler(Handler):
                 self._paths_info(self._repo(repo_type, repo_id).at(revision))
             case "GET", ["refs"]:
                 self._refs(self._repo(repo_type, repo_id))
+            case "GET", ["discussions"]:
+                self._pull_requests(self._repo(repo_type, repo_id))
             case "GET", ["commits", revision]:
                 self._commits(self._repo(repo_type, repo_id), revision)
             case "GET", ["xet-write-token", _] if self.hub.has_xet:
@@ -644,6 +648,22 @@ class HubHandler(Handler):
             for kind, prefix in kinds.items()
         }
         self.reply({**listed, "converts": []})
+
+    def _pull_requests(self, repo: Repo) -> None:
+        """All discussions, in one page: there are none but pull requests."""
+        about = {
+            "title": "",
+            "author": {"name": self.hub.user},
+            "createdAt": now(),
+            "repo": {"name": repo.repo_id, "type": repo.repo_type},
+            "isPullRequest": True,
+        }
+        listed = [
+            {**about, "num": int(ref.rsplit("/", 1)[1]), "status": "closed" if ref in repo.closed else "open"}
+            for ref in repo.refs
+            if ref.startswith("refs/pr/")
+        ]
+        self.reply({"discussions": listed, "count": len(listed), "start": 0})
 
     def _commits(self, repo: Repo, revision: str) -> None:
         self.reply(

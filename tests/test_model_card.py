@@ -4,7 +4,7 @@ import ast
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from tiny_run import final_fvu, write_tiny_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.upload.figures import draw_figures
 from bilinear_tc.upload.findings import findings, format_fvu, layer_ranges, like_layers
 from bilinear_tc.upload.legacy import export_run
@@ -292,6 +293,22 @@ def test_training_details_are_those_recorded(tmp_path: Path) -> None:
     assert rows["Optimiser"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.02")
     unmeasured = dict(table(section(write(change_settings_fit(run, {"steps": 5})), "Training details"), "Setting"))
     assert not {"Wall time", "Device", "Software"} & set(unmeasured)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ("muon", "Muon on the matrices, AdamW on the biases; learning rate"),
+        ("normuon", "NorMuon on the matrices, AdamW on the biases; learning rate"),
+        ("adamw", "AdamW; learning rate"),
+    ],
+)
+def test_every_optimizer_of_a_recipe_has_a_name(tmp_path: Path, optimizer: str, words: str) -> None:
+    choices = get_args(get_type_hints(Recipe)["optimizer"])
+    assert set(choices) == {"muon", "normuon", "adamw"}  # a new one wants a name in the card
+    run = change_settings(write_tiny_run(tmp_path / "run", layers=(0,)), optimizer=optimizer)
+    rows = dict(table(section(write(run), "Training details"), "Setting"))
+    assert rows["Optimiser"].startswith(words)
 
 
 def change_settings_fit(run: Path, fit: dict[str, Any]) -> Path:

@@ -221,6 +221,9 @@ def test_a_pull_request_is_opened_once_and_main_left_alone(hub: HubServer, publi
     assert "nothing was uploaded" in again.stdout
     assert f"{hub.url}/{REPO}/discussions/1" in again.stdout
     assert "refs/pr/2" not in hub.repo(REPO).refs
+    hub.repo(REPO).closed.add("refs/pr/1")
+    anew = publisher.command(run, "--repo_id", REPO, "--create_pr")
+    assert f"{hub.url}/{REPO}/discussions/2" in anew.stdout, anew.output
 
 
 def test_a_tag_in_use_is_refused_before_anything_is_sent(
@@ -490,6 +493,16 @@ def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher,
     done = publisher.command(run, "--repo_id", REPO, "--allow_partial")
     assert done.returncode == 0, done.output
     assert {path.split("/")[0] for path in published(hub) if path.startswith("layer_")} == {"layer_0", "layer_1"}
+
+
+def test_a_base_that_cannot_be_asked_for_its_layers_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"layers": None}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert any("layer_5 is missing" in problem for problem in problems_of(run))  # train/quickstart has six
+    assert "could not be checked" not in capsys.readouterr().out
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "base": "/no/such/base"}))
+    assert check_run(run) == [0, 1]
+    assert "how many layers /no/such/base has could not be checked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

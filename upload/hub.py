@@ -211,14 +211,20 @@ class HubRepository:
         return self.state(head) if head and not compare(local, self.files(head)) else None
 
     def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
-        """The newest pull request that grew from `parent` and holds the set."""
+        """The newest pull request, not closed, that grew from `parent` and holds the set."""
+        discussions = self.ask(
+            lambda: list(self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request"))
+        )
+        closed = {str(discussion.num) for discussion in discussions if discussion.status == "closed"}
         refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
         for pull_request in reversed(refs.pull_requests or []):
+            number = pull_request.ref.rsplit("/", 1)[1]
+            if number in closed:
+                continue
             commit = pull_request.target_commit
             ancestors = self.ask(lambda commit=commit: self.api.list_repo_commits(self.repo_id, revision=commit))
             # one that was merged grew from an older state than the branch is in now
             if parent in {ancestor.commit_id for ancestor in ancestors} and not compare(local, self.files(commit)):
-                number = pull_request.ref.rsplit("/", 1)[1]
                 return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}", commit)
         return None
 

@@ -218,7 +218,7 @@ def tokens_column(checkpoint: Checkpoint, settings: ImportSettings) -> list[int]
 def known_settings(checkpoint: Checkpoint, settings: ImportSettings) -> dict[str, Any]:
     """What is known of the fit of a checkpoint that brings no settings: the training code that wrote that layout
     starts from noise, cuts documents to one sequence each and z-scores by each batch's own statistics."""
-    match = re.search(r"_(muon|adamw)_\d+b\.pt$", checkpoint.path.name)
+    match = re.search(r"_(muon|normuon|adamw)_\d+b\.pt$", checkpoint.path.name)
     known = {
         "dataset": settings.dataset,
         "dataset_config": settings.dataset_config,

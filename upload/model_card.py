@@ -421,7 +421,11 @@ def batch_row(settings: dict[str, Any]) -> str | None:
 
 
 def optimizer_row(settings: dict[str, Any]) -> str | None:
-    names = {"muon": "Muon on the matrices, AdamW on the biases", "adamw": "AdamW"}
+    names = {
+        "muon": "Muon on the matrices, AdamW on the biases",
+        "normuon": "NorMuon on the matrices, AdamW on the biases",
+        "adamw": "AdamW",
+    }
     if settings.get("optimizer") not in names:
         return None
     labels = {

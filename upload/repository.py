@@ -117,11 +117,13 @@ def recipe_problems(recipe: Recipe, layers: Mapping[int, Path], *, allow_partial
 
 
 def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
-    """Every layer of the recipe's base; up to the last one that was fitted where the base cannot be asked."""
+    """Every layer of the recipe's base; where the base cannot be asked, which it says, up to the last fitted one."""
     try:
         config = AutoConfig.from_pretrained(base_location(recipe.base), revision=recipe.base_revision)
         return list(range(config.get_text_config().num_hidden_layers))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).splitlines()[:1])
+        print(f"how many layers {recipe.base} has could not be checked, so that later ones may be missing: {reason}")
         return list(range(at_least))
 
 
