@@ -219,6 +219,20 @@ def test_a_local_base_has_no_link_and_no_hub_id(tmp_path: Path, local: str) -> N
     assert prose.count(local) == 1  # where the reader is told that the snippet's path is of another machine
 
 
+def test_local_folders_that_read_like_hub_ids_have_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/tiny-neox", "texts/pile"):
+        (tmp_path / folder).mkdir(parents=True)
+    run = change_settings(write_tiny_run(tmp_path / "run"), base="models/tiny-neox", dataset="texts/pile")
+    (run / "evaluation.json").unlink()
+    card = write(run)
+    data = ModelCard(card).data
+    assert (data.base_model, data.datasets) == (None, None)
+    assert data.eval_results[0].dataset_type == "pile"
+    assert "huggingface.co/models/tiny-neox" not in card
+    assert "huggingface.co/datasets" not in card
+
+
 def test_a_local_dataset_has_no_link(tmp_path: Path) -> None:
     run = change_settings(pythia_run(tmp_path / "run"), dataset="/data/texts/*.jsonl")
     evaluation = json.loads((run / "evaluation.json").read_text()) | {"dataset": "/data/texts/*.jsonl"}

@@ -103,7 +103,7 @@ def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
     figures = {"figures/all_layers_comparison.png", "figures/training_curves_overlaid_layers_0_1.png"}
     root = {"README.md", "configuration_bilinear_tc.py", "modeling_bilinear_tc.py", "recipe.yaml", "evaluation.json"}
     assert set(published(hub)) == layers | figures | root
-    for path in layers | {"recipe.yaml", "evaluation.json"}:
+    for path in layers | {"evaluation.json"}:
         assert published(hub)[path] == hash_file(run / path).sha256
     history = list(hub.repo(REPO).history("main"))
     assert [commit.title for commit in history] == ["First set", "initial commit"]
@@ -164,8 +164,37 @@ def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
         assert tensor.dtype == (torch.float32 if is_statistic else getattr(torch, dtype))
         assert torch.equal(tensor, kept[name].to(tensor.dtype))
     assert dtype in (clone / "layer_1" / "config.json").read_text()
+    assert f"before they were cast to {dtype}" in " ".join((clone / "README.md").read_text().split())
     assert not list(clone.glob("layer_*/*.py"))
     assert {path: sha256 for path, sha256 in local_hashes(run).items() if "repository/" not in path} == before
+
+
+def test_weights_that_have_the_type_already_are_not_cast(run: Path) -> None:
+    cast = build_repository(run, run / "cast", [0, 1], save_dtype="bfloat16")
+    assert "were cast" in (cast / "README.md").read_text()
+    for source, dtype in ((run, "float32"), (run, None), (cast, "bfloat16")):
+        same = build_repository(source, run / "same", [0, 1], save_dtype=dtype)
+        assert "were cast" not in (same / "README.md").read_text()
+        for path in ("layer_0/model.safetensors", "layer_1/config.json"):
+            assert hash_file(same / path).sha256 == hash_file(source / path).sha256
+    back = build_repository(cast, run / "back", [0, 1], save_dtype="float32")
+    assert "cast to float32" in " ".join((back / "README.md").read_text().split())
+    assert load_file(back / "layer_0" / "model.safetensors")["head.weight"].dtype == torch.float32
+
+
+def test_settings_are_published_without_where_the_run_lies(run: Path) -> None:
+    place = "/home/somebody/runs/mine"
+    for path in (run / "recipe.yaml", run / "layer_1" / "config.yaml"):
+        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"output_dir": place}, sort_keys=False))
+    before = local_hashes(run)
+    folder = build_repository(run, run / "repository", check_run(run), with_pt=True)
+    for path in ("recipe.yaml", "layer_0/config.yaml", "layer_1/config.yaml"):
+        settings = yaml.safe_load((run / path).read_text())
+        settings.pop("output_dir", None)
+        assert list(yaml.safe_load((folder / path).read_text()).items()) == list(settings.items())
+    for path in folder.rglob("*"):
+        assert path.is_dir() or place.encode() not in path.read_bytes(), path
+    assert {path: sha for path, sha in local_hashes(run).items() if not path.startswith("repository/")} == before
 
 
 def test_a_cast_that_overflows_is_refused_before_anything_is_sent(

@@ -97,7 +97,9 @@ def _write_layer(folder: Path, recipe: Recipe, layer: int, n_inputs: int, n_hidd
 def _write_settings(path: Path, recipe: Recipe, config: BilinearTCConfig) -> None:
     belongs = {"layer": config.layer_index, "base_model": config.base_model, "base_revision": config.base_revision}
     shape = {name: getattr(config, name) for name in ("mlp_path", "form", "bias", "n_inputs", "n_hidden", "n_outputs")}
-    settings = {name: value for name, value in recipe.to_dict().items() if name not in {"base", "layers", *shape}}
+    settings = {
+        name: value for name, value in recipe.to_dict().items() if name not in {"base", "layers", "output_dir", *shape}
+    }
     fit = {
         "steps": recipe.max_steps,
         "tokens": recipe.max_steps * TOKENS_A_STEP,

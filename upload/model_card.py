@@ -63,13 +63,14 @@ SCORES = {  # key of evaluation.json: column of the full table, its format
 }
 
 
-def write_model_card(repository: Path, *, repo_id: str | None, author: str | None) -> Path:
+def write_model_card(repository: Path, *, repo_id: str | None, author: str | None, cast_to: str | None = None) -> Path:
     """Writes README.md into a repository folder; call it once everything else is in the folder.
 
     Args:
         repository: the folder, laid out like a run; the figures in its `figures/` are shown.
         repo_id: where it will be published; without it the snippets load from the current folder.
         author: the name in the citation; the owner in `repo_id` where left out.
+        cast_to: the weights' dtype, where it is another than the one that they were measured in.
 
     Returns:
         The card's path.
@@ -79,7 +80,7 @@ def write_model_card(repository: Path, *, repo_id: str | None, author: str | Non
             `check_card`.
     """
     results = read_results(repository)
-    context = card_context(repository, results, repo_id=repo_id, author=author)
+    context = card_context(repository, results, repo_id=repo_id, author=author) | {"cast_to": cast_to}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import AutoConfig
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
-from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.train.run import CODE_FILES, PACKAGE
@@ -247,27 +248,29 @@ def build_repository(
     scratch.mkdir(parents=True)
     for name in CODE_FILES:
         shutil.copyfile(PACKAGE / name, scratch / name)
-    for name in ("recipe.yaml", "evaluation.json"):
-        if (run / name).is_file():
-            link_or_copy(run / name, scratch / name)
+    add_settings(run / "recipe.yaml", scratch / "recipe.yaml")
+    if (run / "evaluation.json").is_file():
+        link_or_copy(run / "evaluation.json", scratch / "evaluation.json")
+    casts = [add_layer(run / f"layer_{layer}", scratch / f"layer_{layer}", save_dtype) for layer in layers]
     for layer in layers:
-        add_layer(run / f"layer_{layer}", scratch / f"layer_{layer}", save_dtype)
         if with_pt:
             export_checkpoint(scratch, layer, scratch / f"layer_{layer}")
     draw_figures(scratch)
-    write_model_card(scratch, repo_id=repo_id, author=author)
+    write_model_card(scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
     return folder
 
 
-def add_layer(source: Path, target: Path, save_dtype: str | None) -> None:
-    """Puts one layer into the repository folder, its weights cast where that is asked for."""
+def add_layer(source: Path, target: Path, save_dtype: str | None) -> bool:
+    """Puts one layer into the repository folder; returns whether its weights were cast for that."""
     target.mkdir()
     for name in LAYER_FILES:
-        link_or_copy(source / name, target / name)
-    if save_dtype is None:
-        return
+        add_settings(source / name, target / name) if name == "config.yaml" else link_or_copy(
+            source / name, target / name
+        )
+    if save_dtype is None or saved_dtype(source) == DTYPES[save_dtype]:
+        return False
     for name in ("config.json", "model.safetensors"):  # links to the run's own files: never write through them
         (target / name).unlink()
     model = load_layer(source, save_dtype)
@@ -280,6 +283,22 @@ def add_layer(source: Path, target: Path, save_dtype: str | None) -> None:
     model.save_pretrained(target)
     for name in CODE_FILES:  # they lie once, at the root
         (target / name).unlink(missing_ok=True)
+    return True
+
+
+def add_settings(source: Path, target: Path) -> None:
+    """Puts a file of settings into the repository folder, without where the run lies on this machine."""
+    settings = read_yaml(source)
+    if settings.pop("output_dir", None) is None:
+        link_or_copy(source, target)
+    else:
+        target.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """Type of a layer's weights as they are saved; `from_pretrained` of transformers 4 would make it float32."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return file.get_tensor(next(name for name in file.keys() if name not in STATISTICS)).dtype  # noqa: SIM118
 
 
 def load_layer(folder: Path, save_dtype: str | None) -> BilinearTC:
