@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -135,14 +137,16 @@ def save_originals(folder: Path, layers: tuple[int, ...] = (0, 2), **kwargs: Any
 
 
 def true_moments(base: Path, documents: list[list[int]], layer: int) -> dict[str, Tensor]:
-    """Mean and standard deviation in float64, document by document, through the module's own hooks."""
+    """Mean and standard deviation in float64, document by document, through the module's own hooks; padding counts."""
     model = GPTNeoXForCausalLM.from_pretrained(base).double()
     rows: list[tuple[Tensor, Tensor]] = []
     model.gpt_neox.layers[layer].mlp.register_forward_hook(
         lambda _module, inputs, output: rows.append((inputs[0][0].detach(), output[0].detach()))
     )
     for ids in documents:
-        model(input_ids=torch.tensor([ids[:SEQ_LEN]]))
+        padding = [0] * (SEQ_LEN - len(ids))  # the end of text
+        mask = torch.tensor([[1] * min(len(ids), SEQ_LEN) + padding])
+        model(input_ids=torch.tensor([ids[:SEQ_LEN] + padding]), attention_mask=mask)
     x, y = (torch.cat(parts) for parts in zip(*rows, strict=True))
     deviation = {"input_std": x - x.mean(0), "output_std": y - y.mean(0)}
     return {"input_mean": x.mean(0), "output_mean": y.mean(0)} | {
@@ -193,20 +197,33 @@ def test_import_writes_a_run_that_can_be_published(tmp_path: Path, base: Path, t
     assert "lr" not in read_settings(run / "recipe.yaml")  # nobody knows
     described = yaml.safe_load((run / "layer_2" / "config.yaml").read_text())
     assert described["imported"]["checkpoint"] == f"transcoder_weights_l2_bilinear_muon_{STEPS}b.pt"
-    assert described["imported"]["statistics_tokens"] == sum(min(n, SEQ_LEN) for n in (5, 8, 20, 3, 9, 12) * 4)
+    assert described["imported"]["statistics_tokens"] == SEQ_LEN * 6 * 4
     assert not list(run.parent.glob(".run*"))
     draw_figures(run)
     card = write_model_card(run, repo_id="you/old", author=None).read_text()
     assert "imported" in card
     assert "learning rate" not in card
+    assert "padding counted like text" in card
+    assert "left out of the loss" not in card
 
 
 def test_calibration_stops_after_the_tokens_asked_for(tmp_path: Path, base: Path, text: Path) -> None:
     folder = save_originals(tmp_path / "originals", layers=(1,))
     run = import_checkpoints(folder, tmp_path / "run", settings(base, text, calibration_tokens=60))
     described = yaml.safe_load((run / "layer_1" / "config.yaml").read_text())
-    first_batches = sum(min(n, SEQ_LEN) for n in ((5, 8, 20, 3, 9, 12) * 4)[:16])  # two batches of eight documents
-    assert 60 <= described["imported"]["statistics_tokens"] <= first_batches
+    assert described["imported"]["statistics_tokens"] == 64  # one batch of eight documents
+
+
+def test_a_base_that_gives_nan_is_refused(tmp_path: Path, base: Path, text: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"][3, 1] = float("inf")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    folder = save_originals(tmp_path / "originals")
+    with pytest.raises(FloatingPointError, match=r"MLP output of layer 2 .* at the calibration text"):
+        import_checkpoints(folder, tmp_path / "run", settings(broken, text))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("module", ["utils.bilinear", "old.package.models", "utils"])

@@ -26,12 +26,13 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.command import command_line
-from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import CODE_FILES, PACKAGE, written_whole
 from bilinear_tc.train.text import Documents
@@ -85,7 +86,7 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
     """Turns a folder of `.pt` checkpoints into a run.
 
     The statistics that checkpoints lack are measured from the base over the first `seq_len` tokens of each document, as
-    such checkpoints were fitted, padding left out.
+    such checkpoints were fitted: shorter documents are padded with the end of text, and the padding counts like text.
 
     Args:
         folder: holds the checkpoints.
@@ -97,6 +98,7 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
 
     Raises:
         ValueError: where a checkpoint is refused, the run is there already, or base and text are missing or do not fit.
+        FloatingPointError: where the base gives a NaN or an infinity.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} is there already: name another --output_dir, or remove it")
@@ -136,7 +138,7 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
     """Fills in the z-scores' statistics of these layers, and which MLPs they stand in for, in one pass over the text.
 
     Returns:
-        The number of tokens measured on.
+        The number of tokens measured on, padding included.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = [checkpoint.layer for checkpoint in checkpoints]
@@ -152,6 +154,8 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
         config.mlp_path = base.mlp_path(checkpoint.layer)
     base.stop_after_last_layer()
     moments = activation_moments(base, settings)
+    inputs, outputs = (Moments.stack(list(of)) for of in zip(*moments.values(), strict=True))
+    check_finite(inputs, outputs, base.layers, "the calibration text")
     for checkpoint in checkpoints:
         x, y = moments[checkpoint.layer]
         vectors = (x.mean, x.std, y.mean, y.std)
@@ -160,7 +164,10 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
 
 
 def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[Moments, Moments]]:
-    """Moments of each layer's MLP inputs and outputs over `calibration_tokens`, or over all of a shorter text."""
+    """Moments of each layer's MLP inputs and outputs over `calibration_tokens`, or over all of a shorter text.
+
+    The fits took every position's row, the padding's too, from a base that was told which positions are padding.
+    """
     device = base.model.device
     moments = {
         layer: (Moments.zeros(base.n_inputs, device=device), Moments.zeros(base.n_outputs, device=device))
@@ -180,17 +187,27 @@ def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[
     )
     with batches, tqdm(total=settings.calibration_tokens, desc="measuring statistics", unit="token") as bar:
         for batch in batches:
-            kept = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.mask is None else batch.mask
-            kept = kept.to(device)
-            for layer, activations in base.activations(batch.input_ids.to(device)).items():
+            batch = batch.to(device)
+            with masked(base.model.base_model, batch.mask):
+                activations = base.activations(batch.input_ids)
+            for layer, both in activations.items():
                 moments[layer] = tuple(
-                    before.merge(Moments.of(values[kept]))
-                    for before, values in zip(moments[layer], activations, strict=True)
+                    before.merge(Moments.of(values.flatten(0, 1)))
+                    for before, values in zip(moments[layer], both, strict=True)
                 )
-            bar.update(int(kept.sum()))
+            bar.update(batch.input_ids.numel())
             if bar.n >= settings.calibration_tokens:
                 break
     return moments
+
+
+def masked(decoder: torch.nn.Module, mask: torch.Tensor) -> RemovableHandle:
+    """Lets no position of a decoder attend to padding, while the context lasts."""
+
+    def add_mask(_: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return inputs, {**named, "attention_mask": mask}
+
+    return decoder.register_forward_pre_hook(add_mask, with_kwargs=True)
 
 
 def write_layer(checkpoint: Checkpoint, folder: Path, settings: ImportSettings, measured: int) -> None:
@@ -301,7 +318,7 @@ def main() -> None:
         "dataset_config": "its configuration name",
         "split": "its split",
         "text_column": "the column that holds a document's text",
-        "calibration_tokens": "how many tokens to measure on",
+        "calibration_tokens": "how many tokens to measure on, padding included",
         "seq_len": "tokens a sequence, in the fit and for measuring",
         "batch_size": "sequences a batch, in the fit",
     }

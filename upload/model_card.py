@@ -410,7 +410,10 @@ def text_row(settings: dict[str, Any], fitted_on: dict[str, str | None]) -> str:
         True: "packed without padding",
         False: "each document cut to one sequence, padding left out of the loss and of every statistic",
     }
-    parts += [packing[settings["pack"]]] if isinstance(settings.get("pack"), bool) else []
+    if settings.get("imported") and settings.get("pack") is False:
+        parts.append("each document cut to one sequence, its padding counted like text")
+    elif isinstance(settings.get("pack"), bool):
+        parts.append(packing[settings["pack"]])
     return ", ".join(parts)
 
 
