@@ -31,8 +31,9 @@ def start_accelerator(**settings: Any) -> Accelerator:
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpu:
         start_missing_processes()
-    # without `cpu`, processes that find no GPU would each take themselves for the only one
-    accelerator = Accelerator(cpu=on_cpu and "LOCAL_RANK" in os.environ, **settings)
+    # without `cpu`, processes that find no GPU would each take themselves for the only one, and a Mac's own device,
+    # which has no float64, would be taken
+    accelerator = Accelerator(cpu=on_cpu, **settings)
     # `accelerate launch` gives every process a single thread unless told otherwise
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
