@@ -39,6 +39,8 @@ RepoType = Literal["model", "dataset"]
 
 CHUNK = 1 << 20
 XET_TOKEN = "xet"  # what a client shows to the storage host instead of its own token
+LICENSES = r"mit|apache-2\.0|bsd-3-clause|cc-by-4\.0|cc-by-sa-4\.0|gpl-3\.0|lgpl-3\.0|unlicense|other|unknown"
+REPO_ID = r"([\w.-]+/)?\w[\w.-]*"
 REGULAR_LIMIT = 10 << 20  # the Hub takes no larger file outside LFS
 LFS_SUFFIXES = {".safetensors", ".pt", ".bin", ".parquet", ".zst", ".gz", ".zip", ".npz", ".arrow"}
 
@@ -573,18 +575,16 @@ class HubHandler(Handler):
             self.reply({"url": url, "name": repo_id})
 
     def _validate_card(self, order: dict[str, str]) -> None:
-        """The Hub's check of a card's metadata: a front matter that is a mapping, if there is one."""
+        """The Hub's check of a card's metadata, if it has any; see `card_errors`."""
         front = re.match(r"---\r?\n(.*?)\r?\n---", order["content"], re.DOTALL)
         try:
             metadata = yaml.safe_load(front[1]) if front else None
         except yaml.YAMLError as error:
             metadata = str(error)
-        if isinstance(metadata, dict):
-            self.reply({"errors": [], "warnings": []})
-        elif metadata is None:
-            self.reply({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
-        else:
-            self.reply({"errors": [{"message": "metadata is no mapping"}], "warnings": [], "error": "invalid"}, 400)
+        errors = [] if metadata is None else [{"message": message} for message in card_errors(metadata)]
+        warnings = [{"message": "empty or missing yaml metadata in repo card"}] if metadata is None else []
+        refusal = {"error": "Invalid metadata in repo card"} if errors else {}
+        self.reply({"errors": errors, "warnings": warnings, **refusal}, 400 if errors else 200)
 
     def _info(self, repo: Repo, revision: str) -> None:
         commit = repo.at(revision)
@@ -772,6 +772,44 @@ class HubHandler(Handler):
         linked = {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.sha256}"', "ETag": f'"{blob.git_oid}"'}
         location = f"{self.hub.storage_url}/{quote(path)}/{blob.sha256}"
         return self._head(302, {**named, **linked, "Location": location, "Content-Length": "0"})
+
+
+def card_errors(metadata: Any) -> Iterator[str]:
+    """What the Hub would not take of a model card's metadata."""
+
+    def is_text(value: Any, pattern: str = r".+") -> bool:
+        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+    if not isinstance(metadata, dict):
+        yield "the metadata must be a mapping"
+        return
+    if not is_text(metadata.get("license", "mit"), LICENSES):
+        yield '"license" must be one of the identifiers that the Hub lists'
+    for name, pattern in (("tags", r".+"), ("base_model", REPO_ID), ("datasets", REPO_ID), ("library_name", r"[\w-]+")):
+        values = metadata.get(name, [])
+        several = values if isinstance(values, list) else [values]
+        if isinstance(values, str) and name in ("tags", "datasets"):
+            yield f'"{name}" must be an array'
+        elif not all(is_text(value, pattern) for value in several):
+            yield f'"{name}" must hold {"repository ids" if pattern == REPO_ID else "text"}'
+    index = metadata.get("model-index", [])
+    try:
+        for entry in index:
+            good = is_text(entry["name"]) and entry["results"]
+            for result in entry["results"]:
+                data = result["dataset"]
+                good = (
+                    good
+                    and is_text(result["task"]["type"])
+                    and is_text(data["type"], REPO_ID)
+                    and is_text(data["name"])
+                )
+                scores = [(metric["type"], metric["value"]) for metric in result["metrics"]]
+                good = good and scores and all(is_text(kind) and value is not None for kind, value in scores)
+            if not good:
+                yield '"model-index" must hold models with a name and results, each with a task, a dataset and metrics'
+    except (KeyError, TypeError) as error:
+        yield f'"model-index" is not as it must be: {type(error).__name__} {error}'
 
 
 def copy_repository(hub: HubServer, repo_id: str, folder: Path, revision: str = "main") -> Path:

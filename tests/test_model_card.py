@@ -3,14 +3,18 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
-from tiny_run import final_fvu, write_tiny_run
+from hub_server import HubServer, copy_repository
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import get_session
+from tiny_run import ROOT, final_fvu, write_tiny_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
@@ -460,6 +464,67 @@ def test_the_snippets_run_as_printed(
     assert everything not in (pytest.approx(loss, abs=1e-3), pytest.approx(replaced, abs=1e-3))
     eigenvalues = ast.literal_eval(printed[3].split(": ")[1])
     assert [abs(v) for v in eigenvalues] == sorted((abs(v) for v in eigenvalues), reverse=True)
+
+
+def test_the_published_card_is_valid_and_runs_as_printed(
+    spliced: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set and base both on the Hub, and a reader who has nothing but torch, transformers and the card."""
+    run, base = spliced
+    change_settings(run, base="tester/tiny-neox")
+    reader = tmp_path / "reader"
+    reader.mkdir()
+    with HubServer(tmp_path / "hub") as hub:
+        hub.put("tester/tiny-neox", {path.name: path for path in base.iterdir()})
+        command = [sys.executable, ROOT / "upload" / "publish.py", run, "--repo_id", "tester/set"]
+        environment = hub.environment(tmp_path / "publisher", token=hub.token)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+        readme = copy_repository(hub, "tester/set", tmp_path / "clone") / "README.md"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        ModelCard.load(readme).validate()
+
+        snippets = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+        code = "\n".join(['import sys; sys.modules["bilinear_tc"] = None', *snippets])
+        environment = hub.environment(reader / "home")
+        done = subprocess.run([sys.executable, "-c", code], cwd=reader, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert not hub.leaks
+    sentence = re.search(r'tokenizer\("(.*?)"', code)[1]
+    ids = AutoTokenizer.from_pretrained(base)(sentence, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(base).float()(input_ids=ids, labels=ids).loss.item()
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d{4}\b", done.stdout)]
+    fvu, printed, replaced, everything = numbers[:4]
+    assert printed == pytest.approx(loss, abs=1e-3)
+    assert len({fvu, printed, replaced, everything}) == 4
+    assert "largest eigenvalues: [" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("license: mit", "license: mine"), "license"),
+        (("- bilinear\n", "- [bilinear]\n"), "tags"),
+        (("base_model: EleutherAI/pythia-410m", "base_model: /models/pythia"), "base_model"),
+        (("datasets:\n- monology/pile-uncopyrighted", "datasets: monology/pile-uncopyrighted"), "datasets"),
+        (("model-index:\n- name: name", "model-index:\n- title: name"), "model-index"),
+        (("    metrics:", "    scores:"), "model-index"),
+    ],
+)
+def test_the_loopback_hub_refuses_cards_as_the_hub_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[str, str], message: str
+) -> None:
+    card = write(pythia_run(tmp_path / "run"))
+    assert change[0] in card
+    with HubServer(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        ModelCard(card).validate()
+        order = {"content": card.replace(*change), "repoType": "model"}
+        response = get_session().post(f"{hub.url}/api/validate-yaml", json=order)
+        assert response.status_code == 400
+        assert [message in error["message"] for error in response.json()["errors"]] == [True]
 
 
 def test_the_fvu_that_the_snippet_prints(spliced: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
