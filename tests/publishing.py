@@ -99,8 +99,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def send(run: Path, settings: publish.Publication) -> None:
-    """The command from where it has built the folder."""
+    """All that the command asks of the Hub, from when it has built the folder."""
     hub = HubRepository(settings.repo_id, settings.revision, first_wait=0.02)
+    hub.check_token()
     layers = sorted(int(folder.name.removeprefix("layer_")) for folder in run.glob("layer_*"))
     publish.send(hub, settings, run, list_files(run / publish.FOLDER), layers)
 

@@ -69,7 +69,9 @@ def local_hashes(folder: Path) -> dict[str, str]:
 
 
 def published(hub: HubServer, revision: str = "main") -> dict[str, str]:
-    """Path → sha256 of every file on the Hub, without the one that the Hub itself put there."""
+    """Path → sha256 of every file on the Hub, without the one that the Hub put there; {} if there is no repository."""
+    if ("model", REPO) not in hub.repos:
+        return {}
     return {path: sha256 for path, sha256 in hub.files(REPO, revision).items() if path != ".gitattributes"}
 
 
@@ -590,6 +592,7 @@ class Update:
             build_repository(run, run / "repository", check_run(run), repo_id=REPO)
         self.sets = [local_hashes(run / "repository") for run in (self.old, self.new)]
         self.settings = Publication(repo_id=REPO)
+        self.commits = 3  # the Hub's own, the old set, the new one
 
     def hub(self, name: str) -> HubServer:
         hub = HubServer(self.folder / name)
@@ -599,7 +602,7 @@ class Update:
 
     @cached_property
     def requests(self) -> list[str]:
-        """What an undisturbed update asks the Hub."""
+        """What an undisturbed publication asks the Hub."""
         with self.hub("reference") as hub:
             done = Publisher(hub, self.folder / "reference-home").send(self.new, self.settings)
             assert done.returncode == 0, done.output
@@ -607,19 +610,37 @@ class Update:
             return hub.requests
 
 
+class FirstPublication(Update):
+    """The same on a Hub that has no such repository yet."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sets[0] = {}
+        self.commits = 2
+
+    def hub(self, name: str) -> HubServer:
+        return HubServer(self.folder / name)
+
+
 @pytest.fixture(scope="module")
 def update(tmp_path_factory: pytest.TempPathFactory) -> Update:
     return Update(tmp_path_factory.mktemp("update"))
 
 
-def at_every_request(update: Update, case: Callable[[int], None], *, changing_only: bool = False) -> None:
-    """Runs a case for every request of the update in turn, several at a time: they mostly wait.
+@pytest.fixture(scope="module", params=[Update, FirstPublication])
+def publication(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Update:
+    return request.param(tmp_path_factory.mktemp(request.param.__name__))
+
+
+def at_every_request(publication: Update, case: Callable[[int], None], *, changing_only: bool = False) -> None:
+    """Runs a case for every request of the publication in turn, several at a time: they mostly wait.
 
     The order of uploads is not always the same, but where they begin and end is.
     """
+    assert publication.requests[0] == "GET /api/whoami-v2"
     chosen = [
         n
-        for n, request in enumerate(update.requests, 1)
+        for n, request in enumerate(publication.requests, 1)
         if not changing_only or not request.startswith(("GET", "HEAD"))
     ]
     with ThreadPoolExecutor(6) as pool:
@@ -627,24 +648,27 @@ def at_every_request(update: Update, case: Callable[[int], None], *, changing_on
 
 
 @pytest.mark.parametrize("fault", [500, 503, "drop", "lost"])
-def test_a_failure_at_any_request_is_overcome(update: Update, fault: Fault) -> None:
+def test_a_failure_at_any_request_is_overcome(publication: Update, fault: Fault) -> None:
     def case(nth: int) -> None:
-        with update.hub(f"{fault}-{nth}") as hub:
+        with publication.hub(f"{fault}-{nth}") as hub:
             hub.fail(nth, fault)
-            done = Publisher(hub, update.folder / f"{fault}-{nth}-home").send(update.new, update.settings)
+            publisher = Publisher(hub, publication.folder / f"{fault}-{nth}-home")
+            done = publisher.send(publication.new, publication.settings)
             assert done.returncode == 0, (nth, hub.requests[nth - 1], done.output)
-            assert published(hub) == update.sets[1]
-            assert commits(hub) == 3, (nth, hub.requests[nth - 1])  # the Hub's own, the old set, the new one
+            assert published(hub) == publication.sets[1]
+            assert commits(hub) == publication.commits, (nth, hub.requests[nth - 1])
 
     # for what only reads, an answer lost on the way back is the same as a request lost on the way there
-    at_every_request(update, case, changing_only=fault == "lost")
+    at_every_request(publication, case, changing_only=fault == "lost")
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(update: Update, moment: str) -> None:
+def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(
+    publication: Update, moment: str
+) -> None:
     def case(nth: int) -> None:
-        with update.hub(f"kill-{moment}-{nth}") as hub:
-            publisher = Publisher(hub, update.folder / f"kill-{moment}-{nth}-home")
+        with publication.hub(f"kill-{moment}-{nth}") as hub:
+            publisher = Publisher(hub, publication.folder / f"kill-{moment}-{nth}-home")
             started = threading.Event()
 
             def kill() -> str:
@@ -653,18 +677,18 @@ def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(
                 return "drop" if moment == "before" else "lost"
 
             hub.fail(nth, kill)
-            process = publisher.start(send, update.new, update.settings)
+            process = publisher.start(send, publication.new, publication.settings)
             started.set()
             killed = publisher.finish(process)
             # 255: multiprocessing knows that the process died and not of what
             assert killed.returncode in (-signal.SIGKILL, 255), (nth, hub.requests, killed.output)
-            assert published(hub) in update.sets
-            again = publisher.send(update.new, update.settings)
+            assert published(hub) in publication.sets
+            again = publisher.send(publication.new, publication.settings)
             assert again.returncode == 0, (nth, hub.requests, again.output)
-            assert published(hub) == update.sets[1]
-            assert commits(hub) == 3, (nth, hub.requests)
+            assert published(hub) == publication.sets[1]
+            assert commits(hub) == publication.commits, (nth, hub.requests)
 
-    at_every_request(update, case, changing_only=moment == "after")
+    at_every_request(publication, case, changing_only=moment == "after")
 
 
 def test_lost_answers_while_making_a_repository_a_branch_and_a_tag_are_overcome(update: Update) -> None:
