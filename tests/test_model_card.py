@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.upload.figures import draw_figures
-from bilinear_tc.upload.findings import findings, format_fvu, layer_ranges, like_layers
+from bilinear_tc.upload.findings import findings, format_fvu, format_nats, layer_ranges, like_layers
 from bilinear_tc.upload.legacy import export_run
 from bilinear_tc.upload.model_card import check_card, format_duration, relative_links, write_model_card
 from bilinear_tc.upload.results import Results, read_results
@@ -390,6 +390,11 @@ def test_the_costliest_layer_need_not_be_the_hardest() -> None:
     assert "by 0.0100 (layer 1) to 0.0500 (layer 0)" in other
     assert "not layer 1, the one with the highest FVU" in other
     assert "also the one with the highest FVU" in findings(results([0.1, 0.2], ce_increase=[0.01, 0.05]))[-1]
+
+
+@pytest.mark.parametrize(("value", "plain", "signed"), [(-4e-6, "0.0000", "+0.0000"), (-0.01, "-0.0100", "-0.0100")])
+def test_a_rise_that_rounds_to_nothing_is_no_negative_zero(value: float, plain: str, signed: str) -> None:
+    assert (format_nats(value), format_nats(value, sign="+")) == (plain, signed)
 
 
 def test_citation_names_author_and_url(tmp_path: Path) -> None:

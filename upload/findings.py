@@ -17,6 +17,11 @@ def format_fvu(value: float) -> str:
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
 
 
+def format_nats(value: float, sign: str = "-") -> str:
+    """Four decimals; what they round to zero is no negative zero. `sign` "+" shows that of positive values too."""
+    return format(round(value, 4) + 0.0, f"{sign}.4f")
+
+
 def format_percent(value: float) -> str:
     return f"{100 * value:.2f}%"
 
@@ -149,13 +154,14 @@ def loss_one(results: Results) -> str | None:
         return None
     least, most = min(cost, key=cost.__getitem__), max(cost, key=cost.__getitem__)
     if least == most:
-        return f"**In the base**, this transcoder in its MLP's place raises the loss by {cost[most]:.4f} nats a token."
+        rise = format_nats(cost[most])
+        return f"**In the base**, this transcoder in its MLP's place raises the loss by {rise} nats a token."
     hardest = max(fvu, key=fvu.__getitem__)
     same = "also" if most == hardest else f"not layer {hardest},"
     return (
-        f"**In the base**, one transcoder in its MLP's place raises the loss by {cost[least]:.4f} (layer {least}) to "
-        f"{cost[most]:.4f} (layer {most}) nats a token; the costliest layer to replace is {same} the one with the "
-        "highest FVU."
+        "**In the base**, one transcoder in its MLP's place raises the loss by "
+        f"{format_nats(cost[least])} (layer {least}) to {format_nats(cost[most])} (layer {most}) nats a token; the "
+        f"costliest layer to replace is {same} the one with the highest FVU."
     )
 
 
@@ -173,5 +179,5 @@ def loss_all(results: Results) -> str | None:
     )
     return (
         f"**With all {len(results.layers)} MLPs replaced at once**, the base's loss rises{before} by "
-        f"{scores['ce_increase']:.4f} nats a token{recovered}."
+        f"{format_nats(scores['ce_increase'])} nats a token{recovered}."
     )

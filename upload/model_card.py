@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bilinear_tc.upload.findings import (
     LIKE,
     findings,
     format_fvu,
+    format_nats,
     format_percent,
     format_range,
     layer_ranges,
@@ -57,7 +59,7 @@ SCORES = {  # key of evaluation.json: column of the full table, its format
     "fvu_raw": ("FVU, raw outputs", format_fvu),
     "fvu_linear": ("FVU, best affine map", format_fvu),
     "mse": ("MSE", format_fvu),
-    "ce_increase": ("Loss increase (nats)", "{:+.4f}".format),
+    "ce_increase": ("Loss increase (nats)", partial(format_nats, sign="+")),
     "kl": ("KL (nats)", "{:.4f}".format),
     "loss_recovered": ("Loss recovered", format_percent),
 }
