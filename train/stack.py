@@ -72,7 +72,7 @@ class Stack:
         scale = 1 / (rows * outputs.mean.shape[-1])
         # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
         factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
-        on_device = torch.tensor(factor, device=self.device)  # as a number it would be compiled anew for other rows
+        on_device = torch.full((), factor, device=self.device)  # as a number it would be compiled anew for other rows
         statistics = [s.float() for s in (inputs.mean, inputs.std, outputs.mean, outputs.std)]
         for layer, transcoder in enumerate(self.transcoders):
             parameters = dict(transcoder.named_parameters())
