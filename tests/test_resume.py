@@ -50,7 +50,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyF
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path, number: signal.Signals) -> None:
-    """And goes on with the same bits where there is less memory to choose a micro-batch for."""
+    """And goes on with the same bits where it would choose another micro-batch now, which adds up in another order."""
     settings, run = ("--max_steps", 96), tmp_path / "run"
     fit = tiny_fit.start(run, *settings)
     wait_until(lambda: checkpoints(run)[-1:] > [0])
@@ -64,7 +64,7 @@ def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path,
     assert [history.num_rows for _, history in layers(run).values()] == [last, last]
     assert_loads(run)
 
-    finished = tiny_fit.run(run, *settings, sabotage=["leave_little_memory"])
+    finished = tiny_fit.run(run, *settings, sabotage=("choose_micro_batches_of", 3))
     assert f"resuming {run} after step {last} of 96" in finished.stdout
     assert "closed form" not in finished.stderr
     assert_same_layers(run, tiny_fit.reference(*settings))
