@@ -251,7 +251,7 @@ def write_base(folder: Path) -> Path:
 
 def write_text(folder: Path, shards: int = 6, characters: int = 60_000) -> list[Path]:
     """Shards of jsonl, a document a line, from Python's own standard library."""
-    from bilinear_tc.train.text import Documents
+    from bilinear_tc.train.text.documents import Documents
 
     folder.mkdir(parents=True)
     documents = iter(Documents("python-stdlib"))

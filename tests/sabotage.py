@@ -36,7 +36,7 @@ def fill_disk_at(path_part: str, size: str) -> None:
 
 def choose_micro_batches_of(sequences: str) -> None:
     """As if the free memory of a GPU were such that a fit chooses micro-batches of this size."""
-    from bilinear_tc.train import fitter
+    from bilinear_tc.train.fitting import fitter
 
     fitter.choose_micro_batch_size = lambda *_: int(sequences)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilinear_tc.train import benchmark
-from bilinear_tc.train.fitter import make_transcoders
-from bilinear_tc.train.gradients import error_and_gradients
+from bilinear_tc.train.fitting.fitter import make_transcoders
+from bilinear_tc.train.fitting.gradients import error_and_gradients
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.studies import benchmark
 
 
 def test_a_transcoders_operations_are_those_that_torch_counts(neox):
@@ -40,7 +40,7 @@ def test_a_bases_operations_are_those_that_torch_counts(neox, lm_head: bool):
 def test_the_command_prints_ratios_that_follow_from_its_figures(monkeypatch, capsys):
     """A step's phases add up, and the baseline is so many times slower as its seconds say."""
     arguments = ["--batch_size", "4", "--steps", "2", "--baseline_steps", "1", "--baseline_layers", "1"]
-    monkeypatch.setattr(sys, "argv", ["train/benchmark.py", *arguments, "--text_tokens", "20000"])
+    monkeypatch.setattr(sys, "argv", ["train/studies/benchmark.py", *arguments, "--text_tokens", "20000"])
     benchmark.main()
     printed = capsys.readouterr().out
     phases = re.findall(

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.closed_form import ActivationFit, MLPWeights, closed_form_start, share_scale, units
-from bilinear_tc.train.fitter import make_transcoders
+from bilinear_tc.train.fitting.closed_form import ActivationFit, MLPWeights, closed_form_start, share_scale, units
+from bilinear_tc.train.fitting.fitter import make_transcoders
+from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.stack import Stack
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,10 @@ import torch
 import yaml
 from fitting import TinyFit
 
-from bilinear_tc.train import tune
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.compare import ComparisonSettings, compare, harden, shorter
 from bilinear_tc.train.recipe import Recipe, read_settings
+from bilinear_tc.train.studies import tune
+from bilinear_tc.train.studies.compare import ComparisonSettings, compare, harden, shorter
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_changes_are_scored_on_the_text_that_follows_the_fits(recipe: Path, acce
 def test_each_change_is_compared_with_the_recipe(recipe: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(tune, "CHANGES", [{}, {"lr": 0.001}, {"optimizer": "normuon"}])
     arguments = ["--recipe", str(recipe), "--steps", "12", "--layers", "0,1", "--eval_tokens", "1024", "--harden", "2"]
-    monkeypatch.setattr(sys, "argv", ["train/tune.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["train/studies/tune.py", *arguments])
     tune.main()
     printed = capsys.readouterr().out
     rows = re.findall(r"^\| (.*?) \| ([\d.]+) \| ([-+][\d.]+)% \| ([\d.]+), ([\d.]+) \|$", printed, re.MULTILINE)

@@ -18,7 +18,7 @@ from test_hub_loading import load_in_fresh_process, saved_output
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.train.text import python_stdlib_files
+from bilinear_tc.train.text.documents import python_stdlib_files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAYERS = range(6)

@@ -11,9 +11,9 @@ from torch.nn.functional import log_softmax
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.evaluate import evaluate, evaluate_set, list_layers, loss_table, solve_affine
-from bilinear_tc.train.fitter import make_transcoders
+from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
 LOSS_KEYS = ("ce_increase", "kl", "loss_recovered")

@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from bilinear_tc.train.least_squares import LeastSquares
+from bilinear_tc.train.fitting.least_squares import LeastSquares
 
 
 def random_problem(rows=400, features=12, targets=5):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilinear_tc.train.muon import COEFFICIENTS, Muon, flops, orthogonalize, polynomials, restart_interval
+from bilinear_tc.train.fitting.muon import COEFFICIENTS, Muon, flops, orthogonalize, polynomials, restart_interval
 
 FLOAT32_ROUNDOFF = 2.0**-24
 CLASSIC = (3.4445, -4.7750, 2.0315)

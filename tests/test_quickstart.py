@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.recipe import Recipe, parse_recipe, read_settings
-from bilinear_tc.train.text import python_stdlib_files
+from bilinear_tc.train.text.documents import python_stdlib_files
 
 BASE = Path(__file__).resolve().parent.parent / "train" / "quickstart"
 LAYERS = range(6)

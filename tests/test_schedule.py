@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bilinear_tc.train.schedule import SCHEDULES, schedule
+from bilinear_tc.train.fitting.schedule import SCHEDULES, schedule
 
 
 def test_constant_is_one_throughout():

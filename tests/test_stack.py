@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch._dynamo
 
-from bilinear_tc.train import fitter
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.fitter import choose_micro_batch_size, make_optimizers, make_transcoders
-from bilinear_tc.train.muon import Muon
+from bilinear_tc.train.fitting import fitter
+from bilinear_tc.train.fitting.fitter import choose_micro_batch_size, make_optimizers, make_transcoders
+from bilinear_tc.train.fitting.muon import Muon
+from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.stack import Stack
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from hub_server import HubServer
 
-from bilinear_tc.train.text import Documents, TextError, python_stdlib_files
+from bilinear_tc.train.text.documents import Documents, TextError, python_stdlib_files
 
 TEXTS = [f"document {number}\nüñí \U0001f600 {'words ' * (number % 5)}" for number in range(23)]
 
@@ -156,7 +156,7 @@ def test_folder_without_readme_in_the_layout_of_the_pile(tmp_path: Path) -> None
 HUB_READER = """
 import json, sys
 from itertools import islice
-from bilinear_tc.train.text import Documents, TextError
+from bilinear_tc.train.text.documents import Documents, TextError
 
 documents = Documents("tester/pile")
 head = list(islice(documents, 5))

@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from bilinear_tc.train import tokens
-from bilinear_tc.train.text import Documents, TextError
-from bilinear_tc.train.tokens import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text import batches as tokens
+from bilinear_tc.train.text.batches import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text.documents import Documents, TextError
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "train" / "quickstart"
 
@@ -254,8 +254,8 @@ def test_every_position_resumes_bit_for_bit(texts, tokenizer, pack: bool, shuffl
 RESUME = """
 import sys, torch
 from transformers import PreTrainedTokenizerFast
-from bilinear_tc.train.text import Documents
-from bilinear_tc.train.tokens import TokenBatches
+from bilinear_tc.train.text.documents import Documents
+from bilinear_tc.train.text.batches import TokenBatches
 
 folder, base = sys.argv[1:]
 batches = TokenBatches(
@@ -368,7 +368,7 @@ import sys, time
 from types import SimpleNamespace
 import psutil
 from tokenizers import Tokenizer
-from bilinear_tc.train.encode import Encoder, EncoderPool, Piece
+from bilinear_tc.train.text.encode import Encoder, EncoderPool, Piece
 
 tokenizer = SimpleNamespace(eos_token_id=0, backend_tokenizer=Tokenizer.from_file(sys.argv[1]))
 pool = EncoderPool(Encoder(tokenizer), 2)
@@ -443,8 +443,8 @@ SHARE = """
 import json, sys, torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
-from bilinear_tc.train.text import Documents
-from bilinear_tc.train.tokens import SharedBatches, TokenBatches
+from bilinear_tc.train.text.documents import Documents
+from bilinear_tc.train.text.batches import SharedBatches, TokenBatches
 
 folder, base = sys.argv[1:]
 accelerator = Accelerator(cpu=True)

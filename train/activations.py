@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.moments import Moments
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 
 class Activations:

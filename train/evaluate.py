@@ -26,14 +26,14 @@ from transformers import HfArgumentParser
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.batches import calibration_batches, open_batches, open_held_out
 from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitter import compute_dtype
-from bilinear_tc.train.least_squares import LeastSquares
+from bilinear_tc.train.fitting.fitter import compute_dtype
+from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.moments import Moments, fvu, fvu_raw
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.train.run import written_whole
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
 AFFINE_RIDGE = 1e-6
 NOTHING_TO_PREDICT = (

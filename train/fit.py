@@ -18,16 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.batches import calibration_batches, check_text, open_batches
 from bilinear_tc.train.checkpoint import Checkpoints, newest_step
 from bilinear_tc.train.command import command_line, start_accelerator
 from bilinear_tc.train.evaluate import evaluate_fit, fit_table, list_layers
-from bilinear_tc.train.fitter import Fitter, compute_dtype
+from bilinear_tc.train.fitting.fitter import Fitter, compute_dtype
+from bilinear_tc.train.fitting.progress import Progress
 from bilinear_tc.train.processes import StopRequest, on_main
-from bilinear_tc.train.progress import Progress
 from bilinear_tc.train.recipe import Recipe, parse_recipe, read_settings
 from bilinear_tc.train.run import FitFacts, begin_run, check_run, exported_step, write_layers
-from bilinear_tc.train.text import TextError
+from bilinear_tc.train.text.documents import TextError
+from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
 from bilinear_tc.train.trackers import check_tracker, tracked
 
 CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried before they are saved

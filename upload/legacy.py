@@ -35,8 +35,8 @@ from bilinear_tc.train.command import command_line
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import CODE_FILES, PACKAGE, written_whole
-from bilinear_tc.train.text import Documents
-from bilinear_tc.train.tokens import TokenBatches
+from bilinear_tc.train.text.batches import TokenBatches
+from bilinear_tc.train.text.documents import Documents
 from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, HISTORIES, Checkpoint, export_checkpoint, read_checkpoint
 from bilinear_tc.upload.results import layer_folders
 

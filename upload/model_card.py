@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.train.base import base_location
-from bilinear_tc.train.text import PYTHON_STDLIB
+from bilinear_tc.train.text.documents import PYTHON_STDLIB
 from bilinear_tc.upload.figures import COMPARISON, curves_name, sixes
 from bilinear_tc.upload.findings import (
     LIKE,

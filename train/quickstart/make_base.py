@@ -22,7 +22,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from bilinear_tc.train.text import python_stdlib_files
+from bilinear_tc.train.text.documents import python_stdlib_files
 
 END_OF_TEXT = "<|endoftext|>"
 

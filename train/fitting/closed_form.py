@@ -21,10 +21,10 @@ from tqdm import tqdm
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
-from bilinear_tc.train.least_squares import LeastSquares
+from bilinear_tc.train.fitting.least_squares import LeastSquares
+from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments, check_finite
-from bilinear_tc.train.stack import Stack
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation")
 RIDGE = 1e-5

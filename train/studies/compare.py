@@ -1,6 +1,6 @@
 """The card's recipe, ours and the closed form alone at equal tokens, on one base and one text, in one run.
 
-    python train/compare.py --recipe quickstart --steps 1000
+    python train/studies/compare.py --recipe quickstart --steps 1000
 
 prints held-out FVU of every layer and the tokens that ours needs to reach the card recipe's final FVU, and draws
 the curves. `--harden 5` scales the MLPs' pre-activations up and their outputs back down: activations nearer to a
@@ -23,12 +23,12 @@ from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
-from bilinear_tc.train.batches import calibration_batches, open_batches, open_held_out
 from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitter import Fitter, compute_dtype
+from bilinear_tc.train.fitting.fitter import Fitter, compute_dtype
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
 from bilinear_tc.train.run import written_whole
+from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

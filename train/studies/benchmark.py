@@ -1,6 +1,6 @@
 """Where a fit's time goes on the device at hand, beside the way the published set was fitted, in one run.
 
-    python train/benchmark.py --shape quickstart
+    python train/studies/benchmark.py --shape quickstart
 
 The baseline fits one layer a run: a full forward pass with the LM head, activations through the CPU,
 torch.optim.Muon, float32. `--shape pythia-410m` has random weights: speed does not depend on them.
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, HfArgumentParser
 
 from bilinear_tc.train.base import Base, base_location
-from bilinear_tc.train.batches import open_batches
 from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitter import CARD_BETAS, Fitter, compute_dtype, make_transcoders
-from bilinear_tc.train.muon import flops as muon_flops
-from bilinear_tc.train.muon import newton_schulz_dtype, restart_interval
+from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, compute_dtype, make_transcoders
+from bilinear_tc.train.fitting.muon import flops as muon_flops
+from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
-from bilinear_tc.train.tokens import SharedBatches, TokenBatch
+from bilinear_tc.train.text.batches import SharedBatches, TokenBatch
+from bilinear_tc.train.text.source import open_batches
 
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.text import Documents, TextError
-from bilinear_tc.train.tokens import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text.batches import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text.documents import Documents, TextError
 
 
 def check_text(recipe: Recipe) -> None:

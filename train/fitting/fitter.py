@@ -13,13 +13,13 @@ from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.closed_form import closed_form_start
+from bilinear_tc.train.fitting.closed_form import closed_form_start
+from bilinear_tc.train.fitting.muon import Muon
+from bilinear_tc.train.fitting.schedule import schedule
+from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import check_finite
-from bilinear_tc.train.muon import Muon
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.schedule import schedule
-from bilinear_tc.train.stack import Stack
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.text.batches import TokenBatch
 
 CARD_BETAS = (0.95, 0.95)
 CPU_ROWS = 2048  # a transcoder's hidden units for more rows than this fall out of the cache, at 15% of its time

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed
 
-from .encode import EncodeError, Encoder, EncoderPool, Piece
-from .text import TextError
+from bilinear_tc.train.text.documents import TextError
+from bilinear_tc.train.text.encode import EncodeError, Encoder, EncoderPool, Piece
 
 if TYPE_CHECKING:
     import accelerate

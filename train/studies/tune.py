@@ -1,6 +1,6 @@
 """One setting changed at a time: what each is worth, on text not fitted on, at equal tokens.
 
-    python train/tune.py --harden 5
+    python train/studies/tune.py --harden 5
 
 fits a few layers briefly with the recipe as it is and with each of `CHANGES`, and prints a Markdown table. The text
 that a change is scored on is the part of the fit's own stream that follows what the fit reads: the held-out split,
@@ -20,12 +20,12 @@ from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.batches import calibration_batches, open_batches
 from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.compare import harden, run_recipe
-from bilinear_tc.train.fitter import compute_dtype
+from bilinear_tc.train.fitting.fitter import compute_dtype
 from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
-from bilinear_tc.train.tokens import TokenBatch
+from bilinear_tc.train.studies.compare import harden, run_recipe
+from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.train.text.source import calibration_batches, open_batches
 
 CHANGES: list[dict[str, Any]] = [
     {},

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.gradients import error_and_gradients
+from bilinear_tc.train.fitting.gradients import error_and_gradients
 from bilinear_tc.train.moments import Moments
 
 # The factor on the sum of squared errors that float16 gradients are of: between its smallest number, 6e-8, in a row's

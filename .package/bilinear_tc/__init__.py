@@ -1,0 +1,13 @@
+"""Bilinear transcoders for the MLPs of language models: fitted, measured, published and read.
+
+The package's files lie at the root of the repository, since its two model files travel to the Hub from there; this
+folder gives them the name `bilinear_tc` by links.
+"""
+
+from importlib.metadata import version
+
+from .configuration_bilinear_tc import BilinearTCConfig
+from .modeling_bilinear_tc import BilinearTC
+
+__all__ = ["BilinearTC", "BilinearTCConfig", "__version__"]
+__version__ = version("bilinear-tc")

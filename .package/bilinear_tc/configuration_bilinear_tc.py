@@ -1,0 +1,1 @@
+../../configuration_bilinear_tc.py

@@ -1,0 +1,1 @@
+../../modeling_bilinear_tc.py
