@@ -10,14 +10,43 @@ from typing import TypeVar
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 T = TypeVar("T")
 
 
 class ElsewhereError(RuntimeError):
     """Raised where a process stops because the main one has failed, which says itself why."""
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that reads text and writes files."""
+    return process_index() == 0
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, which must ask together; the tensor itself if there is one process."""
+    if process_count() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
