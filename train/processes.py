@@ -1,25 +1,42 @@
-"""The processes of a launch: started where Accelerate has not, acting as one, and stopping together."""
+"""The processes of a launch: started if Accelerate has not, acting as one, and stopping together."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
+
+from bilinear_tc.train.errors import ElsewhereError
 
 T = TypeVar("T")
 
 
-class ElsewhereError(RuntimeError):
-    """Raised where a process stops because the main one has failed, which says itself why."""
+def start_accelerator(**settings: Any) -> Accelerator:
+    """The script's Accelerator; on the CPU, with all processes asked for, each with its share of the cores."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which cleans up
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if on_cpu:
+        start_missing_processes()
+    # without `cpu`, processes that find no GPU would each take themselves for the only one, and a Mac's own device,
+    # which has no float64, would be taken
+    accelerator = Accelerator(cpu=on_cpu, **settings)
+    # `accelerate launch` gives every process a single thread unless told otherwise
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return accelerator
 
 
 def available_cores() -> int:
@@ -49,17 +66,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return total
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T]) -> T:
     """Does some work on the main process while the others wait; its result, a small one, is returned on all.
 
     Raises:
-        ElsewhereError: on the other processes, where the work raised an error on the main one, which raises that.
+        ElsewhereError: on the other processes, if the work raised an error on the main one, which raises that.
     """
-    if accelerator.num_processes == 1:
+    if process_count() == 1:
         return work()
-    outcome: list = [False, None]
+    outcome: list[Any] = [False, None]
     failure: Exception | None = None
-    if accelerator.is_main_process:
+    if is_main():
         try:
             outcome = [True, work()]
         except Exception as error:
@@ -73,10 +90,14 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT while the context lasts, so that a step ends and is saved before the process does."""
+    """Notices SIGTERM and SIGINT while the context lasts, so that a step ends and is saved before the process does.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    Args:
+        device: where processes exchange tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._received = False
 
     def __enter__(self) -> StopRequest:
@@ -94,14 +115,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         """Whether any process has been asked to stop: the same answer on all of them, which must ask together."""
-        if self.accelerator.num_processes == 1:
-            return self._received
-        flag = torch.tensor(float(self._received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag).item())
+        return bool(sum_over_processes(torch.tensor(float(self._received), device=self._device)).item())
 
 
 def start_missing_processes() -> None:
-    """Where `accelerate launch --num_processes N` has started one process on the CPU, becomes the N asked for.
+    """If `accelerate launch --num_processes N` has started one process on the CPU, becomes the N asked for.
 
     Accelerate leaves several CPU processes to mpirun; given no host file for it, it starts one and says nothing.
     """

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from bilinear_tc.train.errors import UserError, one_line
+
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
@@ -118,7 +120,7 @@ class Recipe:
         """Refuses impossible values.
 
         Raises:
-            ValueError: one sentence that names the field, what was expected and what came.
+            UserError: one sentence that names the field, what was expected and what came.
         """
         if type(self.layers) is int:  # what YAML makes of `layers: 3`
             self.layers = str(self.layers)
@@ -140,33 +142,33 @@ class Recipe:
         }.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise UserError(f"{name} must be at least {least}, got {value}")
         if self.seed >= 2**64:
-            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+            raise UserError(f"seed must fit in 64 bits, got {self.seed}")
         # each comparison is written so that a NaN fails it
         for name in ("lr", "bias_lr"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+                raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
         if not 0 < self.hidden_multiplier < math.inf:
-            raise ValueError(
+            raise UserError(
                 "hidden_multiplier must be a positive number, since n_hidden must be at least 1, got "
                 f"{self.hidden_multiplier}"
             )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+            raise UserError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a number that is not negative, got {self.weight_decay}")
+            raise UserError(f"weight_decay must be a number that is not negative, got {self.weight_decay}")
         if self.init == "mlp" and self.form != "bilinear":
-            raise ValueError(f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random")
+            raise UserError(f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random")
         if self.init == "mlp" and not self.bias:
-            raise ValueError("init mlp needs biases, which carry its units' linear parts; fit without by --init random")
+            raise UserError("init mlp needs biases, which carry its units' linear parts; fit without by --init random")
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:
         """The layers that `layers` names, ascending, or None for all.
 
         Raises:
-            ValueError: where it does not read like 0-5,9, or names a layer that no decoder has.
+            UserError: where it does not read like 0-5,9, or names a layer that no decoder has.
         """
         if self.layers is None:
             return None
@@ -175,9 +177,9 @@ class Recipe:
             match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if last < first:
-                raise ValueError(f"layers must read like 0-5,9, got {self.layers!r}")
+                raise UserError(f"layers must read like 0-5,9, got {self.layers!r}")
             if last >= MOST_LAYERS:
-                raise ValueError(f"layers must be below {MOST_LAYERS}, got {self.layers!r}")
+                raise UserError(f"layers must be below {MOST_LAYERS}, got {self.layers!r}")
             indices.update(range(first, last + 1))
         return sorted(indices)
 
@@ -185,11 +187,11 @@ class Recipe:
         """Hidden units of a transcoder whose input has this width.
 
         Raises:
-            ValueError: where that is none.
+            UserError: where that is none.
         """
         units = round(self.hidden_multiplier * n_inputs)
         if units < 1:
-            raise ValueError(
+            raise UserError(
                 f"n_hidden must be at least 1, got {units} from hidden_multiplier {self.hidden_multiplier} and "
                 f"inputs of width {n_inputs}; raise --hidden_multiplier"
             )
@@ -203,52 +205,67 @@ def check_type(name: str, hint: Any, value: Any) -> None:
     """Refuses a value that is not of its setting's type, as a recipe file may hold; a whole number is a number too.
 
     Raises:
-        ValueError: one sentence that names the setting, what was expected and what came.
+        UserError: one sentence that names the setting, what was expected and what came.
     """
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
         return
     types = get_args(hint) or (hint,)
     if type(value) not in types and not (type(value) is int and float in types):
         expected = " or ".join(TYPE_NAMES[expected] for expected in types)
         came = "null" if value is None else repr(value)
-        raise ValueError(f"{name} must be {expected}, got {came}")
+        raise UserError(f"{name} must be {expected}, got {came}")
 
 
 def recipe_file(name: str) -> Path:
     """The file of a recipe that is named or given by its path.
 
     Raises:
-        ValueError: where there is none.
+        UserError: where there is none.
     """
     for path in (RECIPES / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise ValueError(f"no recipe {name!r}: expected one of {known}, or a YAML file")
+    raise UserError(f"no recipe {name!r}: expected one of {known}, or a YAML file")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of settings.
+
+    Raises:
+        UserError: if it is not a readable YAML mapping.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable as YAML: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold one setting a line, got a {type(settings).__name__}")
+    return settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a recipe file.
 
     Raises:
-        ValueError: where it is no YAML mapping or names a field that no recipe has.
+        UserError: if it is not a YAML mapping or names a field that no recipe has.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold one setting a line, got a {type(settings).__name__}")
+    settings = read_yaml(path)
     unknown = sorted(set(map(str, settings)) - {f.name for f in dataclasses.fields(Recipe)})
     if unknown:
-        raise ValueError(f"{path} sets {', '.join(unknown)}, which no recipe has")
+        raise UserError(f"{path} sets {', '.join(unknown)}, which no recipe has")
     for name, hint in get_type_hints(Recipe).items():
         if hint is float and isinstance(settings.get(name), str):
             with suppress(ValueError):
                 settings[name] = float(settings[name])  # PyYAML takes 1e-3 for text
     return settings
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe by name or YAML file; UserError if there is none or it is not readable."""
+    return Recipe(**read_settings(recipe_file(name)))
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
@@ -257,7 +274,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     Exits with a usage message on an unknown flag.
 
     Raises:
-        ValueError: on an impossible value.
+        UserError: on an impossible value.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(Recipe, allow_abbrev=False, description="Fits the transcoders of a base's layers.")
@@ -276,7 +293,3 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         values["output_dir"] = f"runs/{path.stem}"
     return Recipe(**values)
 
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes every setting as used."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,29 +1,61 @@
-"""The run: the directory that a fit writes, whole at any moment and publishable as it stands."""
+"""A run: the folder that a fit writes, whole at any moment, or a Hub repository in the same layout.
+
+This file alone knows a run's files: what they are called, what they hold, and how each is written whole or not at all.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 import transformers
 import yaml
+from huggingface_hub import hf_hub_download, list_repo_files
 from safetensors import SafetensorError
 
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.train.recipe import Recipe, read_settings, write_recipe
+from bilinear_tc.train.errors import StorageError, UserError, one_line
+from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json_problems
+from bilinear_tc.train.recipe import Recipe, read_settings, read_yaml
+
+T = TypeVar("T")
 
 PACKAGE = Path(__file__).resolve().parent.parent
-EXPORTED = "checkpoints/exported"
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
+RECIPE = "recipe.yaml"
+EVALUATION = "evaluation.json"
+CONFIG, WEIGHTS, SETTINGS, HISTORY = LAYER_FILES = (
+    "config.json",
+    "model.safetensors",
+    "config.yaml",
+    "history.parquet",
+)
+CHECKPOINTS = "checkpoints"
+EXPORTED = f"{CHECKPOINTS}/exported"
+WHOLE_NUMBERS, NUMBERS = pyarrow.int64(), pyarrow.float64()
+HISTORY_COLUMNS = {
+    "step": WHOLE_NUMBERS,
+    "tokens": WHOLE_NUMBERS,
+    "mse": NUMBERS,
+    "variance_explained": NUMBERS,
+    "fvu": NUMBERS,
+}
+SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
     "output_dir",
@@ -35,6 +67,7 @@ FREE_SETTINGS = {
     "resume",
     "report_to",
 }
+WRITE_ERRORS = (OSError, SafetensorError, pyarrow.ArrowException)
 
 
 @dataclass
@@ -42,7 +75,7 @@ class FitFacts:
     """What a fit measured of itself, and what it chose where the recipe left it open.
 
     Attributes:
-        steps, tokens: optimiser steps made, and tokens read for them and for the start.
+        steps, tokens: optimizer steps made, and tokens read for them and for the start.
         seconds: wall time of all layers together, over all its resumes.
         device, processes, dtype: what it ran on, and the type that it computed in.
         micro_batch_size: sequences that a process worked on at once.
@@ -62,152 +95,348 @@ class FitFacts:
     transformers: str = transformers.__version__
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block ends without an error.
+class Run:
+    """A run's folder, or a Hub repository in the same layout. Each of its files is read at most once.
 
-    Where `folder` exists, the files move into it one by one, each whole.
+    Args:
+        where: the folder, or the repository's id.
+        revision: branch, tag or commit of the repository.
     """
-    exists = folder.is_dir()
-    scratch = (folder if exists else folder.parent) / f".{folder.name}.{secrets.token_hex(4)}.partial"
+
+    def __init__(self, where: str | Path, revision: str | None = None) -> None:
+        self.where, self.revision = str(where), revision
+        self.folder = Path(where)
+        self._kept: dict[str, Any] = {}
+
+    # Reading
+
+    @property
+    def is_folder(self) -> bool:
+        return self.folder.is_dir()
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers that it holds, ascending.
+
+        Raises:
+            UserError: if it holds none, or is not there.
+        """
+        if self.is_folder:
+            names = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        else:
+            names = sorted({name.split("/")[0] for name in self._remote_files})
+        layers = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"layer_(\d+)", name)))
+        if not layers:
+            raise UserError(f"{self.where} holds no layer_* folder: expected a run, as train/fit.py writes it")
+        return layers
+
+    @cached_property
+    def recipe_settings(self) -> dict[str, Any]:
+        """recipe.yaml's content: all settings, or those that are known of an imported set."""
+        path = self._file(RECIPE)
+        if path is None:
+            raise UserError(f"{RECIPE} is missing in {self.where}: expected a run, as train/fit.py writes it")
+        return read_settings(path)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that it was fitted with; the settings that are not known of an imported set have their defaults."""
+        return Recipe(**{"max_steps": 0, **self.recipe_settings})
+
+    def config(self, layer: int) -> BilinearTCConfig:
+        """A layer's config.json."""
+
+        def read(path: Path) -> BilinearTCConfig:
+            return BilinearTCConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+        return self._layer_file(layer, CONFIG, read)
+
+    def settings(self, layer: int) -> dict[str, Any]:
+        """A layer's config.yaml: its fit for a reader."""
+        return self._layer_file(layer, SETTINGS, read_yaml, missing=dict)
+
+    def fitted_steps(self, layer: int) -> int | None:
+        """Steps that a layer was fitted for, None if its config.yaml does not tell."""
+        fit = self.settings(layer).get("fit", {})
+        steps = fit.get("steps") if isinstance(fit, dict) else fit
+        if not isinstance(fit, dict) or not isinstance(steps, (int, type(None))):
+            raise UserError(f"layer_{layer}/{SETTINGS}: fit must hold a whole number of steps, got {steps!r}")
+        return steps
+
+    def history(self, layer: int) -> dict[str, np.ndarray]:
+        """A layer's training history by the columns of `HISTORY_COLUMNS`, one row a step.
+
+        Empty columns if the layer has no history, as after a fit of no steps.
+        """
+        return self._layer_file(layer, HISTORY, read_history, missing=lambda: {n: np.empty(0) for n in HISTORY_COLUMNS})
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The held-out scores, None if nothing was measured.
+
+        Raises:
+            UserError: the first of `evaluation_problems`.
+        """
+        for problem in self.evaluation_problems:
+            raise UserError(problem)
+        return None if self._evaluation_content is None else Evaluation.from_json(self._evaluation_content)
+
+    @cached_property
+    def evaluation_problems(self) -> list[str]:
+        """All that is wrong with evaluation.json, a sentence each."""
+        try:
+            content = self._evaluation_content
+        except ValueError as error:
+            return [f"{self.folder / EVALUATION} is not readable JSON: {one_line(error)}; run train/evaluate.py again"]
+        problems = [] if content is None else json_problems(content)
+        return [f"{self.folder / EVALUATION}: {problem}; run train/evaluate.py again" for problem in problems]
+
+    @cached_property
+    def _evaluation_content(self) -> Any:
+        path = self._file(EVALUATION)
+        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def scores(self) -> Evaluation:
+        """The layers' scores from one source: held out if evaluation.json covers every layer, else from the histories.
+
+        Raises:
+            UserError: if a layer has neither, or a file is not readable.
+        """
+        held_out = self.evaluation
+        if held_out is None or not set(self.layers) <= set(held_out.layers):
+            return Evaluation(
+                layers={layer: self.final_scores(layer) for layer in self.layers},
+                dataset=self.recipe_settings.get("dataset"),
+                split=self.recipe_settings.get("split"),
+                held_out=False,
+            )
+        whole = set(self.layers) == set(held_out.layers)
+        # replacing all layers of a larger set says nothing about replacing these
+        kept = {layer: held_out.layers[layer] for layer in self.layers}
+        return replace(held_out, layers=kept, all_layers=held_out.all_layers if whole else None)
+
+    def final_scores(self, layer: int) -> LayerScores:
+        """Mean scores over the last steps of a layer's history."""
+        history = self.history(layer)
+        if not len(history["step"]):
+            raise UserError(
+                f"layer_{layer} has neither held-out scores nor a training history: run train/evaluate.py first"
+            )
+        means = {name: float(history[name][-SETTLED_STEPS:].mean()) for name in ("mse", "variance_explained", "fvu")}
+        return LayerScores(**means)
+
+    def layer_folder(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}"
+
+    def load(self, layer: int) -> BilinearTC:
+        """A layer's transcoder as its users load it, in evaluation mode.
+
+        Raises:
+            UserError: if it does not load.
+        """
+        try:
+            return BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", revision=self.revision).eval()
+        except Exception as error:  # a damaged file can make transformers fail in any way
+            raise UserError(f"layer_{layer} of {self.where} does not load: {one_line(error)}") from error
+
+    @cached_property
+    def _remote_files(self) -> set[str]:
+        try:
+            return set(list_repo_files(self.where, revision=self.revision))
+        except Exception as error:  # whatever keeps huggingface_hub and its HTTP client from answering
+            raise UserError(
+                f"no transcoders at {self.where!r}: expected a run's folder or a Hub repository that you can read, got "
+                f"{type(error).__name__}"
+            ) from error
+
+    def _file(self, name: str) -> Path | None:
+        """Where a file of the run lies on this machine; None if the run has none of that name."""
+        if self.is_folder:
+            return path if (path := self.folder / name).is_file() else None
+        if name not in self._remote_files:
+            return None
+        return Path(hf_hub_download(self.where, name, revision=self.revision))
+
+    def _layer_file(self, layer: int, name: str, read: Callable[[Path], T], missing: Callable[[], T] | None = None) -> T:
+        """A layer's file as `read` reads it, or `missing()` if there is none; UserError if it is not readable."""
+        key = f"layer_{layer}/{name}"
+        if key not in self._kept:
+            path = self._file(key)
+            if path is None and missing is None:
+                raise UserError(f"{key} is missing in {self.where}")
+            try:
+                self._kept[key] = missing() if path is None else read(path)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file makes its reader raise
+                raise UserError(f"{path} is not readable: {one_line(error)}") from error
+        return self._kept[key]
+
+    # Continuing
+
+    def check_writable(self) -> None:
+        """Makes the folder if it is not there, and checks that it can be written; StorageError if it cannot."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise StorageError(
+                f"output_dir {self.folder} cannot be written ({error.strerror}): expected a folder with write "
+                "permission; name another with --output_dir"
+            ) from error
+
+    def check_continuable(self, recipe: Recipe) -> None:
+        """Raises UserError, naming the settings that differ, if the run was begun with a recipe of other results."""
+        begun = [*self.folder.glob("layer_*"), *self.folder.glob(f"{CHECKPOINTS}/step_*")]
+        if not recipe.resume or not begun or self._file(RECIPE) is None:
+            return
+        before = self.recipe_settings
+        differing = [
+            f"{name} was {before.get(name)}, is {value}"
+            for name, value in recipe.to_dict().items()
+            if name not in FREE_SETTINGS and before.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
+                "resume it, another --output_dir, or --no_resume to start it anew"
+            )
+
+    @property
+    def exported_step(self) -> int | None:
+        """The step that all layers stand at, or None if some may stand at another."""
+        path = self._file(EXPORTED)
+        return None if path is None else int(path.read_text(encoding="utf-8"))
+
+    # Writing
+
+    def begin(self, recipe: Recipe) -> None:
+        """Writes the recipe and the code. What a killed process left half written is deleted, and, if the recipe says
+        not to resume, so is what was there before."""
+        if not recipe.resume:
+            for old in [*self.folder.glob(CHECKPOINTS), *self.folder.glob("layer_*")]:
+                shutil.rmtree(old)
+            (self.folder / EVALUATION).unlink(missing_ok=True)
+        for place in [self.folder, self.folder / CHECKPOINTS, *self.folder.glob("layer_*")]:
+            for partial in place.glob(".*.partial"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        self.write_root(recipe.to_dict())
+
+    def write_root(self, recipe_settings: dict[str, Any]) -> None:
+        """Writes the recipe, and the code that makes the layers loadable."""
+        with written_whole(self.folder) as scratch:
+            write_yaml(recipe_settings, scratch / RECIPE)
+            for name in CODE_FILES:
+                shutil.copyfile(PACKAGE / name, scratch / name)
+        self._forget()
+
+    def write_layers(
+        self,
+        transcoders: Sequence[BilinearTC],
+        histories: Sequence[Mapping[str, Sequence[float]]],
+        recipe: Recipe,
+        facts: FitFacts,
+    ) -> None:
+        """Writes every layer's folder, and notes when all are written; an evaluation of what they held is deleted.
+
+        Args:
+            transcoders: the layers' models, with their statistics set.
+            histories: of each, the columns of `HISTORY_COLUMNS`, a value an optimizer step.
+            recipe: the fit's settings.
+            facts: what the fit measured of itself.
+
+        Raises:
+            StorageError: if one cannot be written, as on a full disk; each file in the run is whole.
+        """
+        try:
+            for void in (EVALUATION, EXPORTED):
+                (self.folder / void).unlink(missing_ok=True)
+            for transcoder, history in zip(transcoders, histories, strict=True):
+                self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
+            (self.folder / EXPORTED).write_text(str(facts.steps), encoding="utf-8")
+        except WRITE_ERRORS as error:
+            raise StorageError(
+                f"the layers could not all be written to {self.folder} ({one_line(error)}): those that are there "
+                "are whole, and so are the checkpoints; make room on the disk and run the same command to go on"
+            ) from error
+
+    def write_layer(
+        self, transcoder: BilinearTC, history: Mapping[str, Sequence[float]], settings: dict[str, Any]
+    ) -> None:
+        """Writes one layer's folder: the model, its settings for a reader, and its history."""
+        columns = {name: pyarrow.array(history[name], kind) for name, kind in HISTORY_COLUMNS.items()}
+        with written_whole(self.layer_folder(transcoder.config.layer_index)) as scratch:
+            save_weights(transcoder, scratch)
+            write_yaml(settings, scratch / SETTINGS)
+            pyarrow.parquet.write_table(pyarrow.table(columns), scratch / HISTORY)
+        self._forget()
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        with written_whole(self.folder) as scratch:
+            text = json.dumps(evaluation.to_json(), indent=2) + "\n"
+            (scratch / EVALUATION).write_text(text, encoding="utf-8")
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was read may have been overwritten."""
+        self._kept.clear()
+        for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
+            del vars(self)[name]
+
+
+def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: FitFacts) -> dict[str, Any]:
+    """config.yaml of a fitted layer."""
+    belongs = ("base_model", "base_revision", "mlp_path", "n_inputs", "n_hidden", "n_outputs")
+    left_out = {*FREE_SETTINGS, "base", "base_revision", "layers"}
+    return {
+        "layer": config.layer_index,
+        **{name: getattr(config, name) for name in belongs},
+        **{name: value for name, value in recipe.to_dict().items() if name not in left_out},
+        "fit": asdict(facts),
+    }
+
+
+def save_weights(transcoder: BilinearTC, folder: Path) -> None:
+    """Writes config.json and model.safetensors, without the code: it lies once, at the run's root."""
+    transcoder.save_pretrained(folder)
+    for name in CODE_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_history(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a history.parquet."""
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(HISTORY_COLUMNS))
+        history = {name: table[name].to_numpy() for name in HISTORY_COLUMNS}
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are subclasses of these
+        raise UserError(f"{path} is not a history: {one_line(error)}") from error
+    for name, values in history.items():
+        if not np.issubdtype(values.dtype, np.number):
+            raise UserError(f"{path} is not a history: expected numbers in its column {name}")
+    return history
+
+
+def write_yaml(content: dict[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@contextmanager
+def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A scratch folder whose files become those of the folder `target` when the block ends without an error.
+
+    If `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first.
+    """
+    merge = target.is_dir() and not replace
+    scratch = (target if merge else target.parent) / f".{target.name}.{secrets.token_hex(4)}.partial"
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        if exists:
+        if merge:
             for file in sorted(scratch.iterdir()):
-                os.replace(file, folder / file.name)
+                os.replace(file, target / file.name)
         else:
-            os.rename(scratch, folder)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_run(folder: Path, recipe: Recipe) -> None:
-    """Makes the run's folder where there is none, and checks that it can be written and continued.
-
-    Raises:
-        ValueError: where the folder holds a run of another recipe and the recipe says to resume.
-        OSError: where the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(
-            f"output_dir {folder} cannot be written ({error.strerror}): expected a folder with write permission; "
-            "name another with --output_dir"
-        ) from error
-    if recipe.resume:
-        check_same_recipe(folder, recipe)
-
-
-def begin_run(folder: Path, recipe: Recipe) -> None:
-    """Writes the recipe and the code into the run; what a killed process left half written goes, and, where the recipe
-    says not to resume, what was there before.
-    """
-    if not recipe.resume:
-        for old in [*folder.glob("checkpoints"), *folder.glob("layer_*")]:
-            shutil.rmtree(old)
-        (folder / "evaluation.json").unlink(missing_ok=True)
-    remove_partial(folder)
-    with written_whole(folder) as scratch:
-        write_recipe(recipe, scratch / "recipe.yaml")
-        for name in CODE_FILES:
-            shutil.copyfile(PACKAGE / name, scratch / name)
-
-
-def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises ValueError, naming the settings that differ, where a run was begun with a recipe of other results."""
-    file = folder / "recipe.yaml"
-    if not file.is_file() or not any([*folder.glob("layer_*"), *folder.glob("checkpoints/step_*")]):
-        return
-    before, now = read_settings(file), recipe.to_dict()
-    differing = [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if name not in FREE_SETTINGS and before.get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to resume it, "
-            "another --output_dir, or --no_resume to start it anew"
-        )
-
-
-def remove_partial(folder: Path) -> None:
-    """Removes what a killed process was writing in a run."""
-    for place in [folder, folder / "checkpoints", *folder.glob("layer_*")]:
-        for partial in place.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-
-
-def write_layers(
-    folder: Path,
-    transcoders: Sequence[BilinearTC],
-    histories: Sequence[dict[str, list]],
-    recipe: Recipe,
-    facts: FitFacts,
-) -> None:
-    """Writes every layer's folder, and notes when all are written; an evaluation of what they held goes.
-
-    Args:
-        folder: the run.
-        transcoders: the layers' models, with their statistics set.
-        histories: of each, the columns of history.parquet, a value an optimiser step.
-        recipe: the fit's settings.
-        facts: what the fit measured of itself.
-
-    Raises:
-        OSError: where one cannot be written, as on a full disk; each file in the run is whole.
-    """
-    try:
-        for void in (folder / "evaluation.json", folder / EXPORTED):
-            void.unlink(missing_ok=True)
-        for transcoder, history in zip(transcoders, histories, strict=True):
-            write_layer(folder, transcoder, history, recipe, facts)
-        (folder / EXPORTED).write_text(str(facts.steps), encoding="utf-8")
-    except (OSError, SafetensorError, pyarrow.ArrowException) as error:
-        raise OSError(
-            f"the layers could not all be written to {folder} ({' '.join(str(error).split())}): those that are there "
-            "are whole, and so are the checkpoints; make room on the disk and run the same command to go on"
-        ) from error
-
-
-def exported_step(folder: Path) -> int | None:
-    """The step that all layers in a run stand at, or None where some may stand at another."""
-    note = folder / EXPORTED
-    return int(note.read_text(encoding="utf-8")) if note.is_file() else None
-
-
-def write_layer(
-    folder: Path, transcoder: BilinearTC, history: dict[str, list], recipe: Recipe, facts: FitFacts
-) -> None:
-    """Writes one layer's folder: the model, its settings for a reader, and its history."""
-    config = transcoder.config
-    settings = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
-    for name in ("base", "base_revision", "layers"):
-        settings.pop(name)
-    described = {
-        "layer": config.layer_index,
-        "base_model": config.base_model,
-        "base_revision": config.base_revision,
-        "mlp_path": config.mlp_path,
-        "n_inputs": config.n_inputs,
-        "n_hidden": config.n_hidden,
-        "n_outputs": config.n_outputs,
-        **settings,
-        "fit": asdict(facts),
-    }
-    table = pyarrow.table(
-        {
-            name: pyarrow.array(values, pyarrow.int64() if name in ("step", "tokens") else pyarrow.float64())
-            for name, values in history.items()
-        }
-    )
-    with written_whole(folder / f"layer_{config.layer_index}") as scratch:
-        transcoder.save_pretrained(scratch)
-        for name in CODE_FILES:  # they lie once, at the run's root
-            (scratch / name).unlink(missing_ok=True)
-        settings_file = scratch / "config.yaml"
-        settings_file.write_text(yaml.safe_dump(described, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        pyarrow.parquet.write_table(table, scratch / "history.parquet")
