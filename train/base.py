@@ -11,16 +11,12 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+
+from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.recipe import Recipe
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 # transformers 4.56 renamed the argument, and 5 warns of the old name
@@ -38,14 +34,13 @@ def base_location(name: str) -> str:
 
 @contextmanager
 def one_sentence(name: str) -> Iterator[None]:
-    """Turns what `from_pretrained` raises for a base that is missing or damaged into a ValueError of one sentence."""
+    """Turns what `from_pretrained` raises for a base that is missing or damaged into a UserError of one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # some tokenizers need a package of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+    except Exception as error:  # whatever a damaged file or a missing package makes transformers raise
+        raise UserError(
             f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) in a "
-            f"local folder or on the Hub, got: {reason}"
+            f"local folder or on the Hub, got: {one_line(error)}"
         ) from error
 
 
@@ -66,7 +61,7 @@ class Base:
         layers: the layer indices asked for, ascending.
         n_inputs, n_outputs: width of the MLPs' inputs and outputs.
         widest_map: the widest side of any of their linear maps.
-        commit: the commit of the Hub repository that `load` took it from; None where it was a folder.
+        commit: the commit of the Hub repository that `load` took it from; None if it was a folder.
     """
 
     def __init__(
@@ -100,12 +95,12 @@ class Base:
 
         Args:
             name, revision: where it is.
-            layers: the layers to look into; all where left out.
-            seq_len: tokens of the longest sequence that it will be given, where that is to be checked.
+            layers: the layers to look into; default: all.
+            seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
             device, dtype: where its weights go, and as what.
 
         Raises:
-            ValueError: where the folder or repository holds no model, a layer does not exist, or the sequences are
+            UserError: if the folder or repository holds no model, a layer does not exist, or the sequences are
                 longer than its positions.
         """
         location = base_location(name)
@@ -120,6 +115,18 @@ class Base:
         base = cls(model.to(device), tokenizer, layers)
         base.commit = cached_commit(location, revision)
         return base
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, device: torch.device, layers: Sequence[int] | None = None) -> Base:
+        """The base that a recipe names, in the type that it computes in; `layers` default to the recipe's."""
+        return cls.load(
+            recipe.base,
+            revision=recipe.base_revision,
+            layers=layers or recipe.layer_indices(),
+            seq_len=recipe.seq_len,
+            device=device,
+            dtype=recipe.compute_dtype(device),
+        )
 
     def mlp_path(self, layer: int) -> str:
         """The MLP's module path from the causal language model, such as `gpt_neox.layers.3.mlp`."""
@@ -190,7 +197,7 @@ def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
         and any(MLP_NAMES.fullmatch(child) for child, _ in module[0].named_children())
     ]
     if not lists:
-        raise ValueError(
+        raise UserError(
             f"no MLPs found in {type(decoder).__name__}: expected a ModuleList of layers that each have a child "
             "module named mlp, ffn or feed_forward"
         )
@@ -202,14 +209,14 @@ def find_mlp_name(block: nn.Module) -> str:
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """The layers asked for, ascending; all where none are named.
+    """The layers asked for, ascending; default: all.
 
     Raises:
-        ValueError: where one does not exist.
+        UserError: if one does not exist.
     """
     missing = sorted(set(layers or ()) - set(range(num_layers)))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the base has layers 0 to {num_layers - 1}, but layers {', '.join(map(str, missing))} were asked for; "
             "name existing ones with --layers"
         )
@@ -217,9 +224,9 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
 
 
 def check_seq_len(seq_len: int | None, positions: int | None) -> None:
-    """Raises ValueError where sequences are longer than the base has positions, as far as both are known."""
+    """Raises UserError if sequences are longer than the base has positions, as far as both are known."""
     if seq_len is not None and positions is not None and seq_len > positions:
-        raise ValueError(
+        raise UserError(
             f"the base takes sequences of up to {positions} tokens, but seq_len is {seq_len}; lower it with --seq_len"
         )
 
@@ -239,7 +246,7 @@ def mlp_widths(mlp: nn.Module) -> tuple[int, int]:
     """Width of an MLP's input and of its output."""
     widths = list(linear_maps(mlp).values())
     if len(widths) < 2:
-        raise ValueError(
+        raise UserError(
             f"{type(mlp).__name__} holds {len(widths)} linear maps: expected an MLP of two or more (mixtures of "
             "experts and fused layers are not supported)"
         )

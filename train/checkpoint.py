@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 
+from bilinear_tc.train.errors import StorageError, UserError, one_line
 from bilinear_tc.train.processes import on_main
+from bilinear_tc.train.run import CHECKPOINTS, Run, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -31,32 +32,30 @@ class Checkpoints:
     The main process writes them and every process reads them, so several machines must share the run's folder.
 
     Args:
-        run: the run's folder.
-        accelerator: the processes.
+        run: the run.
         states: what a checkpoint holds, by name; the main process's state must do for all of them.
     """
 
-    def __init__(self, run: Path, accelerator: Accelerator, states: Mapping[str, Stateful]) -> None:
-        self.folder = run / "checkpoints"
-        self.accelerator = accelerator
+    def __init__(self, run: Run, states: Mapping[str, Stateful]) -> None:
+        self.folder = run.folder / CHECKPOINTS
         self.states = states
 
     def save(self, step: int) -> None:
         """Writes the state after `step` steps; for all processes together.
 
         Raises:
-            OSError: where it cannot be written, as on a full disk; the checkpoints before it are as they were.
+            StorageError: if it cannot be written, as on a full disk; the checkpoints before it are as they were.
         """
-        on_main(self.accelerator, lambda: self._write(self.folder / f"step_{step:08d}.pt"))
+        on_main(lambda: self._write(f"step_{step:08d}.pt"))
 
     def load_newest(self) -> bool:
-        """Puts the states of the newest whole checkpoint back; returns False where there are no checkpoints.
+        """Puts the states of the newest whole checkpoint back; returns False if there are no checkpoints.
 
         Raises:
-            OSError: where there are, but none can be read.
+            UserError: if there are, but none can be read.
         """
         read: dict[Path, dict[str, Any]] = {}
-        newest = on_main(self.accelerator, lambda: self._newest_whole(read))
+        newest = on_main(lambda: self._newest_whole(read))
         if newest is None:
             return False
         saved = read.get(newest) or _read(newest)
@@ -66,32 +65,29 @@ class Checkpoints:
 
     def _newest_whole(self, read: dict[Path, dict[str, Any]]) -> Path | None:
         """The newest checkpoint that can be read, with a warning of each that cannot; its content goes to `read`."""
-        damaged: OSError | None = None
+        damaged: UserError | None = None
         for path in reversed(_oldest_first(self.folder)):
             try:
                 read[path] = _read(path)
                 return path
-            except OSError as error:
+            except UserError as error:
                 logger.warning("%s: an earlier one is looked for", error)
                 damaged = error
         if damaged is not None:
-            raise OSError(f"{damaged}, and there is no whole one before it: start anew with --no_resume") from damaged
+            raise UserError(f"{damaged}, and there is no whole one before it: start anew with --no_resume") from damaged
         return None
 
-    def _write(self, path: Path) -> None:
-        scratch = path.with_name(f".{path.name}.partial")
+    def _write(self, name: str) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
-            with scratch.open("wb") as file:
+            with written_whole(self.folder) as scratch, (scratch / name).open("wb") as file:
                 torch.save({name: state.state_dict() for name, state in self.states.items()}, file)
                 file.flush()
                 os.fsync(file.fileno())  # else a rename may outlive a power failure and the bytes not
-            os.replace(scratch, path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-            scratch.unlink(missing_ok=True)
             newest = newest_step(self.folder.parent)
-            raise OSError(
-                f"the checkpoint {path} could not be written ({_reason(error)}): "
+            raise StorageError(
+                f"the checkpoint {self.folder / name} could not be written ({one_line(error, 200)}): "
                 + ("there is no earlier one" if newest is None else f"that of step {newest} is whole")
                 + "; make room on the disk and run the same command to go on"
             ) from error
@@ -100,23 +96,18 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; OSError where the file is damaged or gone."""
+    """What a checkpoint holds; UserError if the file is damaged or gone."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling a damaged file raises
-        raise OSError(f"the checkpoint {path} cannot be read ({_reason(error)})") from error
+        raise UserError(f"the checkpoint {path} cannot be read ({one_line(error, 200)})") from error
 
 
-def newest_step(run: Path) -> int | None:
-    """The step of a run's newest checkpoint, or None where it has none."""
-    checkpoints = _oldest_first(run / "checkpoints")
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint in a run's folder, or None if it has none."""
+    checkpoints = _oldest_first(folder / CHECKPOINTS)
     return int(checkpoints[-1].stem.removeprefix("step_")) if checkpoints else None
 
 
 def _oldest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.pt"))
-
-
-def _reason(error: BaseException) -> str:
-    """An exception's message on one line, cut short: torch's own hold a trace."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,96 +7,98 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm import tqdm
 
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import Checkpoints, newest_step
-from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.evaluate import evaluate_fit, fit_table, list_layers
-from bilinear_tc.train.fitting.fitter import Fitter, compute_dtype
-from bilinear_tc.train.fitting.progress import Progress
-from bilinear_tc.train.processes import StopRequest, on_main
-from bilinear_tc.train.recipe import Recipe, parse_recipe, read_settings
-from bilinear_tc.train.run import FitFacts, begin_run, check_run, exported_step, write_layers
+from bilinear_tc.train.errors import Interrupted, NotFiniteError, UserError, command_line
+from bilinear_tc.train.fitting.fitter import Fitter, Progress
+from bilinear_tc.train.measuring.held_out import measure_held_out
+from bilinear_tc.train.measuring.tables import fit_table
+from bilinear_tc.train.processes import (
+    StopRequest,
+    is_main,
+    on_main,
+    process_count,
+    start_accelerator,
+    sum_over_processes,
+)
+from bilinear_tc.train.recipe import Recipe, parse_recipe
+from bilinear_tc.train.run import CHECKPOINTS, FitFacts, Run
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
-from bilinear_tc.train.trackers import check_tracker, tracked
 
 CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried before they are saved
 
 
 def fit(recipe: Recipe) -> None:
     """Runs a recipe to its end, from wherever its run stands."""
-    run = Path(recipe.output_dir)
+    run = Run(recipe.output_dir or "")
     check_tracker(recipe.report_to)
     accelerator = start_accelerator(
         log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_config=ProjectConfiguration(str(run), logging_dir=str(run / "checkpoints" / "logs")),
+        project_config=ProjectConfiguration(recipe.output_dir, logging_dir=str(run.folder / CHECKPOINTS / "logs")),
     )
-    on_main(accelerator, lambda: check_run(run, recipe))
-    if not on_main(accelerator, lambda: is_finished(run, recipe)):
-        on_main(accelerator, lambda: check_text(recipe))
-        base = load_base(recipe, accelerator)
-        on_main(accelerator, lambda: begin_run(run, recipe))
+    on_main(run.check_writable)
+    on_main(lambda: run.check_continuable(recipe))
+    if not on_main(lambda: is_finished(run, recipe)):
+        on_main(lambda: check_text(recipe))
+        base = Base.of_recipe(recipe, accelerator.device)
+        recipe.n_hidden(base.n_inputs)
+        base.stop_after_last_layer()
+        on_main(lambda: run.begin(recipe))
         fit_layers(run, recipe, base, accelerator)
         if recipe.eval_split is not None:
-            evaluate_fit(run, recipe, base, accelerator)
-    if accelerator.is_main_process:
+            measure_fit(run, recipe, base)
+    if is_main():
         print_result(run, recipe)
     accelerator.state.destroy_process_group()
 
 
-def is_finished(run: Path, recipe: Recipe) -> bool:
+def check_tracker(name: str) -> None:
+    """Raises UserError if a tracker's package is missing, which Accelerate passes over in silence."""
+    if name != "none" and name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise UserError(
+            f"report_to is {name}, but the package {name} is not installed: install it (pip install {name}), or leave "
+            "--report_to out"
+        )
+
+
+def is_finished(run: Run, recipe: Recipe) -> bool:
     """Whether the run holds everything that its recipe asks for."""
-    fitted = recipe.resume and newest_step(run) == exported_step(run) == recipe.max_steps
+    fitted = recipe.resume and newest_step(run.folder) == run.exported_step == recipe.max_steps
     if not fitted or recipe.eval_split is None:
         return fitted
-    used = read_settings(run / "recipe.yaml")
-    measured = (used["eval_split"], used["eval_tokens"]) == (recipe.eval_split, recipe.eval_tokens)
-    return measured and (run / "evaluation.json").is_file()
+    used = run.recipe
+    return (used.eval_split, used.eval_tokens) == (recipe.eval_split, recipe.eval_tokens) and run.has_evaluation
 
 
-def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
-    """The recipe's base, as far as the last layer asked for."""
-    device = accelerator.device
-    base = Base.load(
-        recipe.base,
-        revision=recipe.base_revision,
-        layers=recipe.layer_indices(),
-        seq_len=recipe.seq_len,
-        device=device,
-        dtype=compute_dtype(recipe, device),
-    )
-    recipe.n_hidden(base.n_inputs)
-    base.stop_after_last_layer()
-    return base
-
-
-def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
+def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
     """Fits from the newest checkpoint, or from the start, to the last step, and leaves every layer in the run.
 
     Raises:
-        TextError: where the text fails; all steps before are saved.
-        FloatingPointError: on a NaN, or where a transcoder diverges; the run holds the layers as they were before it,
-            or as they were last saved, and the checkpoints stay.
-        InterruptedError: where the process was asked to stop; all steps are saved.
-        OSError: where the disk is full; the checkpoints written before stay.
+        TextError: if the text fails; all steps before are saved.
+        NotFiniteError: on a NaN, or if a transcoder diverges; the run holds the layers as they were before it, or as
+            they were last saved, and the checkpoints stay.
+        Interrupted: if the process was asked to stop; all steps are saved.
+        StorageError: if the disk is full; the checkpoints written before stay.
     """
-    with open_batches(recipe, base.tokenizer, accelerator) as batches, tracked(accelerator, recipe.to_dict()):
-        fitter = Fitter(recipe, base, accelerator)
+    device = accelerator.device
+    with open_batches(recipe, base.tokenizer, device) as batches, tracked(accelerator, recipe):
+        fitter = Fitter(recipe, base, device)
         progress = Progress(recipe.max_steps, len(base.layers))
-        checkpoints = Checkpoints(run, accelerator, {"fitter": fitter, "progress": progress, "text": batches})
+        checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})
 
         def export() -> None:
-            on_main(accelerator, lambda: export_layers(run, recipe, fitter, progress))
+            on_main(lambda: export_layers(run, recipe, fitter, progress))
 
         def save() -> None:
             check_sound(fitter, progress.steps)
@@ -104,22 +106,24 @@ def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) 
             export()
 
         if checkpoints.load_newest():
-            accelerator.print(f"resuming {run} after step {progress.steps} of {recipe.max_steps}")
-            if on_main(accelerator, lambda: exported_step(run)) != progress.steps:
+            accelerator.print(f"resuming {run.folder} after step {progress.steps} of {recipe.max_steps}")
+            if on_main(lambda: run.exported_step) != progress.steps:
                 export()  # killed between the two
         else:
             if recipe.init == "mlp":
                 progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
             save()
 
-        with StopRequest(accelerator) as stop, progress_bar(recipe, progress, base, accelerator) as bar:
+        with StopRequest(device) as stop, progress_bar(recipe, progress, base) as bar:
             while progress.steps < recipe.max_steps:
                 try:
                     mse, fvu, rows = fitter.step(next(batches), progress.steps)
                 except TextError as error:
                     save()
-                    raise TextError(f"{error} (all {progress.steps} steps before it are saved in {run})") from error
-                except FloatingPointError:
+                    raise TextError(
+                        f"{error} (all {progress.steps} steps before it are saved in {run.folder})"
+                    ) from error
+                except NotFiniteError:
                     check_sound(fitter, progress.steps)
                     export()
                     raise
@@ -131,36 +135,44 @@ def fit_layers(run: Path, recipe: Recipe, base: Base, accelerator: Accelerator) 
                 if due or stopping or progress.steps == recipe.max_steps:
                     save()
                 if stopping:
-                    raise InterruptedError(
-                        f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run}: run the "
-                        "same command to go on"
+                    raise Interrupted(
+                        f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run.folder}: "
+                        "run the same command to go on"
                     )
 
 
-def export_layers(run: Path, recipe: Recipe, fitter: Fitter, progress: Progress) -> None:
+@contextmanager
+def tracked(accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
+    """While the context lasts, `accelerator.log` reaches the trackers; what they hold back is written at its end."""
+    accelerator.init_trackers("bilinear-tc", config=recipe.to_dict())
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress) -> None:
     """Writes every layer as it stands into the run."""
-    accelerator = fitter.accelerator
     fitter.stack.set_statistics()
-    device = accelerator.device
+    on_gpu = fitter.device.type == "cuda"
     facts = FitFacts(
         steps=progress.steps,
         tokens=progress.tokens_read,
         seconds=round(progress.wall_time(), 1),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} CPU threads",
-        processes=accelerator.num_processes,
+        device=torch.cuda.get_device_name(fitter.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        processes=process_count(),
         dtype=str(fitter.stack.dtype).removeprefix("torch."),
         micro_batch_size=fitter.micro_batch_size,
         base_commit=fitter.base.commit,
     )
     histories = [progress.history(index) for index in range(len(fitter.stack.transcoders))]
-    write_layers(run, fitter.stack.transcoders, histories, recipe, facts)
+    run.write_layers(fitter.stack.transcoders, histories, recipe, facts)
 
 
 @torch.no_grad()
 def check_sound(fitter: Fitter, steps: int) -> None:
-    """Raises FloatingPointError where a transcoder as it stands, its last update included, is no good to save.
+    """Raises NotFiniteError if a transcoder as it stands, its last update included, is no good to save.
 
     What it would export is tried on a few rows of the last batch: parameters that are NaN or infinite show in its
     outputs, and so do ones that are finite but too large to compute with.
@@ -171,26 +183,26 @@ def check_sound(fitter: Fitter, steps: int) -> None:
         x = x[:CHECKED_ROWS].float()
         x = x[x.isfinite().all(-1)]  # the base's own NaNs are not the transcoder's fault
         sizes.append(transcoder(x).square().sum())
-    check_converging(fitter.accelerator.reduce(torch.stack(sizes)), fitter.base.layers, steps)
+    check_converging(sum_over_processes(torch.stack(sizes)), fitter.base.layers, steps)
 
 
 def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:
-    """Raises FloatingPointError where a layer's error [layers] is no number any more by some step."""
+    """Raises NotFiniteError if a layer's error [layers] is no longer a number by some step."""
     diverged = [layer for layer, value in zip(layers, errors.isfinite().tolist(), strict=True) if not value]
     if diverged:
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"the transcoder of layer {diverged[0]} has diverged by step {steps}: it computes a NaN or an infinity; "
             "start anew with a lower --lr"
         )
 
 
-def progress_bar(recipe: Recipe, progress: Progress, base: Base, accelerator: Accelerator) -> tqdm:
+def progress_bar(recipe: Recipe, progress: Progress, base: Base) -> tqdm:
     return tqdm(
         initial=progress.steps,
         total=recipe.max_steps,
         desc=f"fitting {len(base.layers)} layers",
         unit="step",
-        disable=not accelerator.is_main_process,
+        disable=not is_main(),
     )
 
 
@@ -202,16 +214,22 @@ def report(fvu: Tensor, layers: Sequence[int], steps: int, bar: tqdm, accelerato
     accelerator.log({"mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
 
 
-def print_result(run: Path, recipe: Recipe) -> None:
+def measure_fit(run: Run, recipe: Recipe, base: Base) -> None:
+    """Measures a fresh run's FVU, as written on disk, and writes evaluation.json into it."""
+    transcoders = [run.load(layer).float().to(base.model.device) for layer in base.layers]
+    evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
+    on_main(lambda: run.write_evaluation(evaluation))
+
+
+def print_result(run: Run, recipe: Recipe) -> None:
     """Prints what came out, and what to do with it."""
-    layers = list_layers(str(run), None)
-    if recipe.eval_split is None:
-        print(f"fitted {len(layers)} layers; no eval_split, so nothing was measured on held-out text")
+    if recipe.eval_split is None or run.evaluation is None:
+        print(f"fitted {len(run.layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        print(fit_table(json.loads((run / "evaluation.json").read_text(encoding="utf-8"))))
+        print(fit_table(run.evaluation))
     print(
         f"\nTry next:\n  from transformers import AutoModel\n"
-        f'  tc = AutoModel.from_pretrained("{run}", subfolder="layer_{layers[0]}", trust_remote_code=True)'
+        f'  tc = AutoModel.from_pretrained("{run.folder}", subfolder="layer_{run.layers[0]}", trust_remote_code=True)'
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+
+from bilinear_tc.train.errors import NotFiniteError
+from bilinear_tc.train.processes import process_count, sum_over_processes
 
 
 @dataclass
@@ -61,14 +63,14 @@ class Moments:
             self.deviation + other.deviation + delta.square() * (self.count * other.count / count),
         )
 
-    def reduce(self, accelerator: Accelerator) -> Moments:
+    def over_processes(self) -> Moments:
         """Moments over the samples of all processes."""
-        if accelerator.num_processes == 1:
+        if process_count() == 1:
             return self
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
-        total = accelerator.reduce(count)
-        mean = accelerator.reduce(self.mean * count) / total
-        deviation = accelerator.reduce(self.deviation + count * (self.mean - mean).square())
+        total = sum_over_processes(count)
+        mean = sum_over_processes(self.mean * count) / total
+        deviation = sum_over_processes(self.deviation + count * (self.mean - mean).square())
         return Moments(int(total.item()), mean, deviation)
 
     @property
@@ -81,16 +83,13 @@ class Moments:
     def to(self, device: torch.device | str) -> Moments:
         return Moments(self.count, self.mean.to(device), self.deviation.to(device))
 
-    def state_dict(self) -> dict[str, int | Tensor]:
-        return {"count": self.count, "mean": self.mean, "deviation": self.deviation}
-
 
 def check_finite(inputs: Moments, outputs: Moments, layers: Sequence[int], when: str) -> None:
-    """Raises FloatingPointError, naming the first layer and when, if the moments show a NaN or an infinity."""
+    """Raises NotFiniteError, naming the first layer and when, if the moments show a NaN or an infinity."""
     for what, moments in (("input", inputs), ("output", outputs)):
         bad = (~moments.deviation.isfinite()).any(-1).tolist()
         if any(bad):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the MLP {what} of layer {layers[bad.index(True)]} holds a NaN or an infinity at {when}: expected "
                 "finite activations; check the base's weights and its dtype (--dtype float32 is the safest)"
             )

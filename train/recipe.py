@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -197,6 +198,12 @@ class Recipe:
             )
         return units
 
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What products are computed in: master weights, statistics and losses are float32 or wider in any case."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return getattr(torch, self.dtype)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -292,4 +299,3 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{path.stem}"
     return Recipe(**values)
-

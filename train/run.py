@@ -170,6 +170,10 @@ class Run:
         """
         return self._layer_file(layer, HISTORY, read_history, missing=lambda: {n: np.empty(0) for n in HISTORY_COLUMNS})
 
+    @property
+    def has_evaluation(self) -> bool:
+        return self._file(EVALUATION) is not None
+
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """The held-out scores, None if nothing was measured.
@@ -258,7 +262,9 @@ class Run:
             return None
         return Path(hf_hub_download(self.where, name, revision=self.revision))
 
-    def _layer_file(self, layer: int, name: str, read: Callable[[Path], T], missing: Callable[[], T] | None = None) -> T:
+    def _layer_file(
+        self, layer: int, name: str, read: Callable[[Path], T], missing: Callable[[], T] | None = None
+    ) -> T:
         """A layer's file as `read` reads it, or `missing()` if there is none; UserError if it is not readable."""
         key = f"layer_{layer}/{name}"
         if key not in self._kept:

@@ -10,21 +10,20 @@ up², makes left = α + βg, right = up, head = the down column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments, check_finite
-from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.train.processes import sum_over_processes
 
 ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation")
 RIDGE = 1e-5
@@ -63,7 +62,7 @@ class MLPWeights:
         """Reads an MLP's weights.
 
         Raises:
-            ValueError: where it is neither a two-matrix nor a gated MLP of separate maps.
+            UserError: if it is neither a two-matrix nor a gated MLP of separate maps.
         """
         maps = {name: mlp.get_submodule(name) for name in linear_maps(mlp)}
         act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
@@ -74,7 +73,7 @@ class MLPWeights:
         if act is not None and len(maps) == 3 and gate_name is not None:
             up, down = (Linear.of(module) for name, module in maps.items() if name != gate_name)
             return cls(Linear.of(maps[gate_name]), up, down, act)
-        raise ValueError(
+        raise UserError(
             f"no closed-form start for {type(mlp).__name__} with the maps {', '.join(maps)}: expected two, or a gated "
             "three, and an activation; fit it with --init random"
         )
@@ -84,12 +83,12 @@ class MLPWeights:
         return len(self.gate.weight)
 
     def check(self, x: Tensor, y: Tensor, path: str) -> None:
-        """Raises ValueError where these weights do not give the MLP's outputs y for its inputs x."""
+        """Raises UserError if these weights do not give the MLP's outputs y for its inputs x."""
         hidden = self.act(self.gate(x.float()))
         predicted = self.down(hidden if self.up is None else hidden * self.up(x.float()))
         error = (predicted - y.float()).norm() / y.float().norm()
         if not error < 0.05:
-            raise ValueError(
+            raise UserError(
                 f"no closed-form start for {path}: read as a plain or gated MLP, its weights miss its outputs by "
                 f"{error:.0%}; fit it with --init random"
             )
@@ -125,9 +124,9 @@ class ActivationFit:
                 self.products[k] += (power * target).sum(0)
             power = power * t
 
-    def reduce(self, accelerator: Accelerator) -> None:
+    def sum_over_processes(self) -> None:
         """Adds up the sums of all processes."""
-        self.powers, self.products = accelerator.reduce(self.powers), accelerator.reduce(self.products)
+        self.powers, self.products = sum_over_processes(self.powers), sum_over_processes(self.products)
 
     def solve(self) -> Tensor:
         """Coefficients [degree + 1, width] of 1, t, t², float64; a relative ridge of 1e-6 keeps every neuron finite."""
@@ -212,37 +211,6 @@ def share_scale(transcoder: BilinearTC) -> None:
     head.weight.mul_(factors[2])
 
 
-@torch.no_grad()
-def solve_heads(
-    stack: Stack,
-    batches: Sequence[TokenBatch],
-    activations: Activations,
-    micro_batch_size: int,
-    accelerator: Accelerator,
-) -> None:
-    """Solves every layer's head and its bias by ridge least squares over the batches, shrinking to the head it has."""
-    equations: LeastSquares | None = None
-    hidden = not accelerator.is_main_process
-    for batch in tqdm(batches, desc="closed form, heads", unit="batch", disable=hidden, leave=False):
-        activations.fill(batch, micro_batch_size)
-        if equations is None:
-            rows = activations.x[:, :MICRO_ROWS]
-            first = Moments.stack([Moments.of(units(t, x)) for t, x in zip(stack.transcoders, rows, strict=True)])
-            equations = LeastSquares(first.reduce(accelerator).mean, torch.zeros_like(stack.outputs.mean))
-        for layer, transcoder in enumerate(stack.transcoders):
-            for x, y in zip(
-                activations.x[layer].split(MICRO_ROWS), activations.y[layer].split(MICRO_ROWS), strict=True
-            ):
-                z = (y.float() - transcoder.output_mean) / transcoder.output_std
-                equations.add(layer, units(transcoder, x), z)
-    equations.reduce(accelerator)
-    for layer, transcoder in enumerate(stack.transcoders):
-        weight, bias = equations.solve(layer, ridge=RIDGE, prior=transcoder.head.weight)
-        transcoder.head.weight.copy_(weight)
-        transcoder.head.bias.copy_(bias)
-        share_scale(transcoder)
-
-
 def units(transcoder: BilinearTC, x: Tensor) -> Tensor:
     """The hidden products [rows, n_hidden] for raw inputs x: [rows, n_inputs]."""
     x = (x.float() - transcoder.input_mean) / transcoder.input_std
@@ -250,27 +218,28 @@ def units(transcoder: BilinearTC, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def closed_form_start(
-    stack: Stack,
-    base: Base,
-    batches: Sequence[TokenBatch],
-    activations: Activations,
-    micro_batch_size: int,
-    accelerator: Accelerator,
-) -> None:
+def closed_form_start(stack: Stack, base: Base, calibration: Callable[[str], Iterable[Activations]]) -> None:
     """Sets every layer's transcoder from its MLP, and the stack's moments from the same rows.
 
-    Two passes of the base over the calibration batches: the first takes moments, the second solves the heads.
+    Args:
+        stack: the transcoders.
+        base: the decoder whose MLPs they stand in for.
+        calibration: given what it is for, runs the base over the calibration sample, batch by batch. It is called
+            twice: first moments are taken, then the heads are solved.
 
     Raises:
-        ValueError: where an MLP is neither plain nor gated.
+        UserError: if an MLP is neither plain nor gated.
     """
+    set_all_units(stack, base, calibration("moments"))
+    solve_heads(stack, calibration("heads"))
+
+
+def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) -> None:
+    """Sets the stack's moments and statistics, and every unit from the activation that its neuron shows."""
     weights = [MLPWeights.of(base.mlp(layer)) for layer in base.layers]
     fits: list[ActivationFit] = []
-    hidden = not accelerator.is_main_process
-    for batch in tqdm(batches, desc="closed form, moments", unit="batch", disable=hidden, leave=False):
-        activations.fill(batch, micro_batch_size)
-        inputs, outputs = (moments.reduce(accelerator) for moments in activations.moments())
+    for activations in calibration:
+        inputs, outputs = (moments.over_processes() for moments in activations.moments())
         check_finite(inputs, outputs, base.layers, "the calibration sample")
         stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
         for index, layer in enumerate(base.layers):
@@ -279,12 +248,35 @@ def closed_form_start(
                 x_first, y_first = x[:MICRO_ROWS], activations.y[index][:MICRO_ROWS]
                 if len(x_first):
                     weights[index].check(x_first, y_first, base.mlp_path(layer))
-                first = Moments.of(weights[index].gate(x_first.float())).reduce(accelerator)
+                first = Moments.of(weights[index].gate(x_first.float())).over_processes()
                 fits.append(ActivationFit(weights[index], first))
             for rows in x.split(MICRO_ROWS):
                 fits[index].add(rows.float())
     stack.set_statistics()
     for transcoder, fit in zip(stack.transcoders, fits, strict=True):
-        fit.reduce(accelerator)
+        fit.sum_over_processes()
         set_units(transcoder, fit)
-    solve_heads(stack, batches, activations, micro_batch_size, accelerator)
+
+
+def solve_heads(stack: Stack, calibration: Iterable[Activations]) -> None:
+    """Solves every layer's head and its bias by ridge least squares, shrinking to the head that it has."""
+    equations: LeastSquares | None = None
+    for activations in calibration:
+        if equations is None:
+            rows = activations.x[:, :MICRO_ROWS]
+            first = Moments.stack([Moments.of(units(t, x)) for t, x in zip(stack.transcoders, rows, strict=True)])
+            equations = LeastSquares(first.over_processes().mean, torch.zeros_like(stack.outputs.mean))
+        for layer, transcoder in enumerate(stack.transcoders):
+            for x, y in zip(
+                activations.x[layer].split(MICRO_ROWS), activations.y[layer].split(MICRO_ROWS), strict=True
+            ):
+                z = (y.float() - transcoder.output_mean) / transcoder.output_std
+                equations.add(layer, units(transcoder, x), z)
+    if equations is None:
+        return
+    equations.sum_over_processes()
+    for layer, transcoder in enumerate(stack.transcoders):
+        weight, bias = equations.solve(layer, ridge=RIDGE, prior=transcoder.head.weight)
+        transcoder.head.weight.copy_(weight)
+        transcoder.head.bias.copy_(bias)
+        share_scale(transcoder)

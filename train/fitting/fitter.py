@@ -1,13 +1,15 @@
-"""The fit of all layers together: one optimiser step, and the state that it goes on from."""
+"""The fit of all layers together: its start, one optimizer step, and the state and history that it goes on from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
@@ -18,6 +20,7 @@ from bilinear_tc.train.fitting.muon import Muon
 from bilinear_tc.train.fitting.schedule import schedule
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import check_finite
+from bilinear_tc.train.processes import is_main, process_count
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch
 
@@ -26,20 +29,13 @@ CPU_ROWS = 2048  # a transcoder's hidden units for more rows than this fall out 
 CPU_BASE_ROWS = 4096  # more rows make the base no faster
 
 
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """What products are computed in: master weights, statistics and losses are float32 or wider in any case."""
-    if recipe.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, recipe.dtype)
-
-
 class Fitter:
     """The transcoders of a base's layers under fit.
 
     Args:
         recipe: the settings.
-        base: the decoder, on the accelerator's device.
-        accelerator: device and processes.
+        base: the decoder, on the device.
+        device: where to compute.
         timer: called with the name of each phase of a step (base, statistics, transcoders, optimizer); the context
             it returns spans the phase.
     """
@@ -48,15 +44,15 @@ class Fitter:
         self,
         recipe: Recipe,
         base: Base,
-        accelerator: Accelerator,
+        device: torch.device,
         timer: Callable[[str], AbstractContextManager] = lambda _phase: nullcontext(),
     ) -> None:
-        self.recipe, self.base, self.accelerator, self.timer = recipe, base, accelerator, timer
-        device, dtype = accelerator.device, compute_dtype(recipe, accelerator.device)
+        self.recipe, self.base, self.device, self.timer = recipe, base, device, timer
+        dtype = recipe.compute_dtype(device)
         compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
         torch.manual_seed(recipe.seed)
         self.stack = Stack(make_transcoders(recipe, base, device), dtype=dtype, compile=compiled)
-        share = -(-recipe.batch_size // accelerator.num_processes)
+        share = -(-recipe.batch_size // process_count())
         self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
         self.optimizers = make_optimizers(recipe, self.stack)
@@ -67,15 +63,21 @@ class Fitter:
     def micro_rows(self) -> int:
         """Rows that the transcoders work on at once."""
         rows = self.micro_batch_size * self.recipe.seq_len
-        return min(rows, CPU_ROWS) if self.accelerator.device.type == "cpu" else rows
+        return min(rows, CPU_ROWS) if self.device.type == "cpu" else rows
 
     def start(self, batches: Sequence[TokenBatch]) -> int:
         """The closed-form start, on a calibration sample; returns the sample's tokens, over all processes."""
-        closed_form_start(self.stack, self.base, batches, self.activations, self.micro_batch_size, self.accelerator)
+
+        def calibration(what: str) -> Iterator[Activations]:
+            for batch in tqdm(batches, f"closed form, {what}", unit="batch", disable=not is_main(), leave=False):
+                self.activations.fill(batch, self.micro_batch_size)
+                yield self.activations
+
+        closed_form_start(self.stack, self.base, calibration)
         return self.stack.inputs.count
 
     def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
-        """One optimiser step.
+        """One optimizer step.
 
         Args:
             batch: this process's share of the global batch.
@@ -86,12 +88,12 @@ class Fitter:
             on the CPU; and the rows of the global batch.
 
         Raises:
-            FloatingPointError: on a NaN in the base's activations, before anything is updated.
+            NotFiniteError: on a NaN in the base's activations, before anything is updated.
         """
         with self.timer("base"):
             self.activations.fill(batch, self.micro_batch_size)
         with self.timer("statistics"):
-            inputs, outputs = (m.reduce(self.accelerator) for m in self.activations.moments())
+            inputs, outputs = (moments.over_processes() for moments in self.activations.moments())
             check_finite(inputs, outputs, self.base.layers, f"step {number + 1}")
             self.stack.inputs, self.stack.outputs = self.stack.inputs.merge(inputs), self.stack.outputs.merge(outputs)
             rows, batch_deviation = inputs.count, outputs.deviation
@@ -99,7 +101,6 @@ class Fitter:
                 inputs, outputs = self.stack.inputs, self.stack.outputs
         with self.timer("transcoders"):
             errors = self.stack.accumulate(self.activations, inputs, outputs, rows, self.micro_rows)
-            errors = self.stack.reduce(self.accelerator, errors)
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
             mse, fvu = mse.cpu(), fvu.cpu()  # before the update, so that the next pass is queued while it runs
@@ -111,19 +112,72 @@ class Fitter:
                 optimizer.step()
         return mse, fvu, rows
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "stack": self.stack.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "micro_batch_size": self.micro_batch_size,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stack.load_state_dict(state["stack"])
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         if self.recipe.micro_batch_size is None:  # another choice would add up in another order
             self.micro_batch_size = state["micro_batch_size"]
+
+
+class Progress:
+    """What a fit has done so far.
+
+    Attributes:
+        steps: optimizer steps made.
+        tokens_read: tokens read so far, the calibration sample among them.
+    """
+
+    def __init__(self, max_steps: int, layers: int) -> None:
+        self.steps = 0
+        self.tokens_read = 0
+        self._scores = torch.zeros(max_steps, layers, 2, dtype=torch.float64)  # mean squared error and FVU
+        self._tokens = torch.zeros(max_steps, dtype=torch.int64)  # read up to and including each step
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, mse: Tensor, fvu: Tensor, rows: int) -> None:
+        """Notes a step: mean squared error and FVU of each layer [layers], and the tokens of its batch."""
+        self.tokens_read += rows
+        self._scores[self.steps] = torch.stack([mse, fvu], dim=-1)
+        self._tokens[self.steps] = self.tokens_read
+        self.steps += 1
+
+    def history(self, layer: int) -> dict[str, list]:
+        """The columns of a layer's history.parquet, a value a step; `layer` counts the layers under fit."""
+        mse, fvu = self._scores[: self.steps, layer].unbind(-1)
+        return {
+            "step": list(range(1, self.steps + 1)),
+            "tokens": self._tokens[: self.steps].tolist(),
+            "mse": mse.tolist(),
+            "variance_explained": (1 - fvu).tolist(),
+            "fvu": fvu.tolist(),
+        }
+
+    def wall_time(self) -> float:
+        """Seconds of fitting so far, added up over resumes."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "tokens_read": self.tokens_read,
+            "seconds": self.wall_time(),
+            "figures": self._scores[: self.steps].clone(),
+            "tokens": self._tokens[: self.steps].clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.tokens_read = state["steps"], state["tokens_read"]
+        self._scores[: self.steps], self._tokens[: self.steps] = state["figures"], state["tokens"]
+        self._seconds_before, self._started = state["seconds"], time.perf_counter()
 
 
 def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
@@ -147,7 +201,7 @@ def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[B
 
 
 def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]:
-    """The matrices' optimiser and the biases'; each group's `peak_lr` is what the schedule multiplies."""
+    """The matrices' optimizer and the biases'; each group's `peak_lr` is what the schedule multiplies."""
     matrices = [p for p in stack.parameters.values() if p.ndim == 3]
     biases = [p for p in stack.parameters.values() if p.ndim == 2]
     settings = {"lr": recipe.lr, "peak_lr": recipe.lr}

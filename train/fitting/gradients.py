@@ -30,7 +30,8 @@ def error_and_gradients(
     z is the z-scored MLP output, ẑ what `BilinearTC.normalized_forward` gives for the z-scored input.
 
     Args:
-        parameters: of a `BilinearTC` of either form, by name; the biases may be missing.
+        parameters: of a `BilinearTC`, by name and in its order: those of the maps that are multiplied, then of the last; the
+            biases may be missing.
         x: [rows, n_inputs]; y: [rows, n_outputs]; raw.
         input_mean, input_std, output_mean, output_std: [features] float32 to z-score with.
         factor: a scalar on the device; in float16 it keeps the gradients inside the type's range.
@@ -41,14 +42,10 @@ def error_and_gradients(
     """
     maps = {name: tensor.to(dtype) for name, tensor in parameters.items()}
     x = (x.float() - input_mean).div_(input_std).to(dtype)
-    if "left.weight" in maps:
-        last = "head"
-        left = linear(x, maps["left.weight"], maps.get("left.bias"))  # [rows, n_hidden]
-        right = linear(x, maps["right.weight"], maps.get("right.bias"))
-    else:  # input_sum
-        last = "W_left"
-        left = x.sum(-1, keepdim=True)  # [rows, 1], no parameter
-        right = linear(x, maps["W_right.weight"])
+    *factors, last = dict.fromkeys(name.partition(".")[0] for name in maps)
+    products = [linear(x, maps[f"{name}.weight"], maps.get(f"{name}.bias")) for name in factors]  # [rows, n_hidden]
+    # a single map is multiplied by the sum of the inputs [rows, 1]
+    left, right = products if len(products) == 2 else (x.sum(-1, keepdim=True), *products)
     hidden = left * right
     error = linear(hidden, maps[f"{last}.weight"], maps.get(f"{last}.bias")).float()  # [rows, n_outputs]
     error.sub_((y.float() - output_mean).div_(output_std))
@@ -57,10 +54,10 @@ def error_and_gradients(
     d_output = error.mul_(2 * factor).to(dtype)
     d_hidden = d_output @ maps[f"{last}.weight"]
     deltas = {last: (d_output, hidden)}  # of each map: its output's gradient and its input
-    if last == "head":
-        deltas |= {"left": (right.mul_(d_hidden), x), "right": (left.mul_(d_hidden), x)}
+    if len(products) == 2:
+        deltas |= {factors[0]: (right.mul_(d_hidden), x), factors[1]: (left.mul_(d_hidden), x)}
     else:
-        deltas |= {"W_right": (d_hidden.mul_(left), x)}
+        deltas |= {factors[0]: (d_hidden.mul_(left), x)}
     gradients = {}
     for name, (delta, entering) in deltas.items():
         gradients[f"{name}.weight"] = delta.T @ entering

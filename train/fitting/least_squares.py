@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+
+from bilinear_tc.train.processes import sum_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,10 @@ class LeastSquares:
         self.gram[layer] += features.T @ features
         self.cross[layer] += features.T @ targets
 
-    def reduce(self, accelerator: Accelerator) -> None:
+    def sum_over_processes(self) -> None:
         """Adds up the equations of all processes."""
-        if accelerator.num_processes > 1:
-            for name in ("counts", "feature_sums", "target_sums", "gram", "cross"):
-                setattr(self, name, accelerator.reduce(getattr(self, name)))
+        for name in ("counts", "feature_sums", "target_sums", "gram", "cross"):
+            setattr(self, name, sum_over_processes(getattr(self, name)))
 
     def solve(self, layer: int, *, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The ridge solution of one layer, with an unpenalised bias.
@@ -56,7 +56,7 @@ class LeastSquares:
 
         Args:
             ridge: penalty on the distance to the prior, in units of a feature's variance.
-            prior: [n_targets, n_features] weights to shrink to; zero where left out.
+            prior: [n_targets, n_features] weights to shrink to; default: zero.
 
         Returns:
             weight [n_targets, n_features] and bias [n_targets], float64.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.fitting.gradients import error_and_gradients
 from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.processes import process_count, sum_over_processes
 
 # The factor on the sum of squared errors that float16 gradients are of: between its smallest number, 6e-8, in a row's
 # gradient, and its largest, 65,504, in a weight's, which adds up over the rows.
@@ -56,16 +56,16 @@ class Stack:
     def accumulate(
         self, activations: Activations, inputs: Moments, outputs: Moments, rows: int, micro_rows: int
     ) -> Tensor:
-        """Sets the gradients of the mean squared error, z-scored, over this process's rows.
+        """Sets the gradients of the mean squared error, z-scored, over the rows of all processes.
 
         Args:
-            activations: the rows.
+            activations: this process's rows.
             inputs, outputs: moments [layers, features] to z-score with.
             rows: rows of all processes together, which the mean is over.
             micro_rows: rows worked on at once.
 
         Returns:
-            [layers] float64 Σ‖z − ẑ‖² over this process's rows.
+            [layers] float64 Σ‖z − ẑ‖² over all processes' rows, as the gradients are.
         """
         self._gradients.zero_()
         errors = torch.zeros(len(self.transcoders), dtype=torch.float64, device=self.device)
@@ -86,14 +86,9 @@ class Stack:
                     parameters[name].grad += gradient
         if factor != scale:
             self._gradients.mul_(scale / factor)
-        return errors
-
-    def reduce(self, accelerator: Accelerator, errors: Tensor) -> Tensor:
-        """Sums gradients (in place) and squared errors over all processes; returns the latter."""
-        if accelerator.num_processes == 1:
-            return errors
-        self._gradients.copy_(accelerator.reduce(self._gradients))
-        return accelerator.reduce(errors)
+        if process_count() > 1:
+            self._gradients.copy_(sum_over_processes(self._gradients))
+        return sum_over_processes(errors)
 
     def set_statistics(self) -> None:
         """Writes the moments seen so far into the transcoders' z-score buffers."""

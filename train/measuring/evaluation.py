@@ -123,7 +123,11 @@ def json_problems(content: Any) -> Iterator[str]:
     for name, kind, expected in (("dataset", str, "a name"), ("split", str, "a name"), ("tokens", int, "a number")):
         if not isinstance(content.get(name), (kind, type(None))):
             yield f"{name} must be {expected}, got {content[name]!r}"
-    for name, needed in (("base", ()), ("all_layers", ("ce_increase",) if content.get("all_layers") else ()), ("mean", ())):
+    for name, needed in (
+        ("base", ()),
+        ("all_layers", ("ce_increase",) if content.get("all_layers") else ()),
+        ("mean", ()),
+    ):
         if name in content:
             yield from _score_problems(name, content[name], needed)
     layers = content.get("layers", {})

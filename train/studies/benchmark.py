@@ -21,18 +21,18 @@ from statistics import median
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, HfArgumentParser
 
 from bilinear_tc.train.base import Base, base_location
-from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, compute_dtype, make_transcoders
+from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, make_transcoders
 from bilinear_tc.train.fitting.muon import flops as muon_flops
 from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
-from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
-from bilinear_tc.train.text.batches import SharedBatches, TokenBatch
-from bilinear_tc.train.text.source import open_batches
+from bilinear_tc.train.processes import start_accelerator
+from bilinear_tc.train.recipe import Recipe, named_recipe
+from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.train.text.source import SharedBatches, open_batches
 
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 
@@ -131,10 +131,10 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * n**3 / median(seconds)
 
 
-def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Base:
+def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device) -> Base:
     """The quickstart's base, or one of Pythia-410m's shape with random weights and the quickstart's tokenizer."""
     if settings.shape == "quickstart":
-        return Base.load(recipe.base, device=device, dtype=dtype)
+        return Base.of_recipe(recipe, device)
     config = GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=1024,
@@ -146,15 +146,17 @@ def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device,
     )
     with torch.device(device):
         model = GPTNeoXForCausalLM(config)
-    return Base(model.to(dtype), AutoTokenizer.from_pretrained(base_location("train/quickstart")))
+    return Base(
+        model.to(recipe.compute_dtype(device)), AutoTokenizer.from_pretrained(base_location("train/quickstart"))
+    )
 
 
-def open_text(recipe: Recipe, base: Base, accelerator: Accelerator) -> SharedBatches:
+def open_text(recipe: Recipe, base: Base, device: torch.device) -> SharedBatches:
     """Batches of the shape's size from Python's standard library, whichever text its recipe names."""
     text = dataclasses.replace(
         recipe, dataset="python-stdlib", dataset_config=None, split="train", text_column="text", shuffle_buffer=0
     )
-    return open_batches(text, base.tokenizer, accelerator)
+    return open_batches(text, base.tokenizer, device)
 
 
 def time_steps(fitter: Fitter, batches: Iterator[TokenBatch], steps: int) -> float:
@@ -165,7 +167,7 @@ def time_steps(fitter: Fitter, batches: Iterator[TokenBatch], steps: int) -> flo
             batch = next(batches)
         fitter.step(batch, number)
 
-    seconds = [timed(lambda number=number: step(number), fitter.accelerator.device) for number in range(steps + 2)]
+    seconds = [timed(lambda number=number: step(number), fitter.device) for number in range(steps + 2)]
     return median(seconds[2:])
 
 
@@ -174,7 +176,6 @@ class LayerAtATime:
 
     def __init__(self, recipe: Recipe, base: Base, layer: int, device: torch.device) -> None:
         self.base, self.layer, self.device = base, layer, device
-        self.history: list[tuple[float, float]] = []
         single = dataclasses.replace(recipe, init="random")
         self.transcoder = next(t for t in make_transcoders(single, base, device) if t.config.layer_index == layer)
         matrices = [p for p in self.transcoder.parameters() if p.ndim == 2]
@@ -201,8 +202,7 @@ class LayerAtATime:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        variance = z.var(0, correction=0).mean()
-        self.history.append((loss.item(), (loss / variance).item()))  # what the published checkpoints hold
+        loss.item()  # the published code notes each step's
 
 
 def time_baseline(
@@ -232,7 +232,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def smaller_fits(recipe: Recipe, base: Base, accelerator: Accelerator, batch: TokenBatch) -> Iterator[str]:
+def smaller_fits(recipe: Recipe, base: Base, batch: TokenBatch, device: torch.device) -> Iterator[str]:
     """A line for each of three numbers of tokens, then of three numbers of layers, down to which the base is cut."""
     sizes = [(len(base.layers), share) for share in (4, 2, 1)]
     sizes += [(len(base.layers) * share // 6, 1) for share in (4, 2)]
@@ -240,22 +240,21 @@ def smaller_fits(recipe: Recipe, base: Base, accelerator: Accelerator, batch: To
         base.layers = base.layers[:count]
         base.stop_after_last_layer()
         part = TokenBatch(batch.input_ids[: len(batch) // share])
-        seconds = time_steps(Fitter(recipe, base, accelerator), repeat(part), 5)
+        seconds = time_steps(Fitter(recipe, base, device), repeat(part), 5)
         yield f"  {count:3d} layers, {part.input_ids.numel():7,d} tokens: {seconds:8.3f} s a step"
 
 
 def main() -> None:
     (settings,) = HfArgumentParser(BenchmarkSettings, allow_abbrev=False).parse_args_into_dataclasses()
-    accelerator = start_accelerator()
-    device = accelerator.device
-    recipe = Recipe(**read_settings(recipe_file(settings.shape)))
+    device = start_accelerator().device
+    recipe = named_recipe(settings.shape)
     recipe = dataclasses.replace(
         recipe,
         batch_size=settings.batch_size or recipe.batch_size,
         micro_batch_size=settings.micro_batch_size or recipe.micro_batch_size,
     )
-    dtype = compute_dtype(recipe, device)
-    base = load_base(settings, recipe, device, dtype)
+    dtype = recipe.compute_dtype(device)
+    base = load_base(settings, recipe, device)
     config, layers = base.model.config, list(base.layers)
     tokens = recipe.batch_size * recipe.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -263,8 +262,8 @@ def main() -> None:
     print(f"{settings.shape}: {len(layers)} layers, {tokens:,} tokens a step, {str(dtype)[6:]}, on {name}")
     print(f"large matrix product: {rate / 1e12:.3f} TFLOP/s")
 
-    fitter = Fitter(recipe, base, accelerator)
-    with open_text(recipe, base, accelerator) as text:
+    fitter = Fitter(recipe, base, device)
+    with open_text(recipe, base, device) as text:
         batches = [next(text) for _ in range(settings.baseline_steps + 1)]
         seconds = time_steps(fitter, text, settings.steps)
         early_peak = peak_memory(device)
@@ -279,9 +278,9 @@ def main() -> None:
     print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")
     for phase in PHASES:
         spent, work = median(timer.seconds[phase][2:]), counted.get(phase)
-        figures = f"{work / 1e9:10.1f} {work / spent / 1e12:8.3f}" if work else ""
+        counts = f"{work / 1e9:10.1f} {work / spent / 1e12:8.3f}" if work else ""
         label = "Muon, AdamW" if phase == "optimizer" else phase
-        print(f"  {label:12s} {spent:9.4f} {spent / total:6.1%} {figures}")
+        print(f"  {label:12s} {spent:9.4f} {spent / total:6.1%} {counts}")
     late_peak = peak_memory(device)
     print(f"peak memory: {early_peak / 2**30:.2f} GiB; after as many steps again {late_peak / 2**30:.2f} GiB")
     minutes = recipe.max_steps * seconds / 60
@@ -289,7 +288,7 @@ def main() -> None:
         f"the full recipe, {recipe.max_steps} steps: {minutes:.1f} minutes for all layers, start and checkpoints apart"
     )
 
-    with open_text(recipe, base, accelerator) as text:
+    with open_text(recipe, base, device) as text:
         pipeline = text_rate(text, settings.text_tokens)
     surplus = pipeline * seconds / tokens
     print(f"\ntext pipeline alone: {pipeline:,.0f} tokens/s, {surplus:.1f} times what the fit consumes")
@@ -313,7 +312,7 @@ def main() -> None:
 
     base.model.to(dtype)
     print("\ncost by tokens and layers:")
-    for line in smaller_fits(recipe, base, accelerator, batches[0]):
+    for line in smaller_fits(recipe, base, batches[0], device):
         print(line)
 
 

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
-from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitting.fitter import Fitter, compute_dtype
+from bilinear_tc.train.errors import UserError, command_line
+from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.moments import Moments, fvu
-from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
+from bilinear_tc.train.processes import start_accelerator
+from bilinear_tc.train.recipe import Recipe, named_recipe
 from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
@@ -55,13 +55,13 @@ class ComparisonSettings:
 
     recipe: str = field(default="quickstart", metadata={"help": "Our recipe: its base, text and settings."})
     steps: int = field(default=1000, metadata={"help": "Optimiser steps of the card's recipe."})
-    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step; the recipe's where left out."})
+    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step; default: the recipe's."})
     base: str | None = field(default=None, metadata={"help": "Another base."})
     dataset: str | None = field(default=None, metadata={"help": "Another text."})
     harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
     hidden_multiplier: float | None = field(
         default=None,
-        metadata={"help": "Hidden units of ours, in units of its input's width; the recipe's if left out."},
+        metadata={"help": "Hidden units of ours, in units of its input's width; default: the recipe's."},
     )
     eval_tokens: int = field(default=131072, metadata={"help": "Held-out tokens."})
     points: int = field(default=20, metadata={"help": "Points on each curve."})
@@ -75,9 +75,9 @@ class Curve:
     tokens: list[int] = field(default_factory=list)
     fvu: list[list[float]] = field(default_factory=list)
 
-    def add(self, tokens: int, figures: Tensor) -> None:
+    def add(self, tokens: int, fvu: Tensor) -> None:
         self.tokens.append(tokens)
-        self.fvu.append(figures.tolist())
+        self.fvu.append(fvu.tolist())
 
     @property
     def final(self) -> list[float]:
@@ -95,20 +95,19 @@ def harden(base: Base, factor: float) -> None:
         mlp = base.mlp(layer)
         names = list(linear_maps(mlp))
         if len(names) != 2:
-            raise ValueError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(names)}")
+            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(names)}")
         first, last = (mlp.get_submodule(name) for name in names)
         first.weight.mul_(factor)
         first.bias.mul_(factor)
         last.weight.div_(factor)
 
 
-def hold_out(recipe: Recipe, base: Base, accelerator: Accelerator) -> Activations:
+def hold_out(recipe: Recipe, base: Base, device: torch.device) -> Activations:
     """The MLP inputs and outputs of `eval_tokens` of the held-out text, kept for many measurements."""
     sequences = recipe.eval_tokens // recipe.seq_len
-    held_out = Activations(
-        base, sequences * recipe.seq_len, device=accelerator.device, dtype=compute_dtype(recipe, accelerator.device)
-    )
-    with open_held_out(recipe, base.tokenizer, accelerator, sequences) as text:
+    rows = sequences * recipe.seq_len
+    held_out = Activations(base, rows, device=device, dtype=recipe.compute_dtype(device))
+    with open_held_out(recipe, base.tokenizer, device, sequences) as text:
         held_out.fill(next(text), recipe.batch_size)
     return held_out
 
@@ -117,24 +116,24 @@ def hold_out(recipe: Recipe, base: Base, accelerator: Accelerator) -> Activation
 def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None) -> Tensor:
     """FVU [layers] of the transcoders as they stand, on the first rows."""
     fitter.stack.set_statistics()
-    figures = []
+    unexplained = []
     for x, y, transcoder in zip(held_out.x, held_out.y, fitter.stack.transcoders, strict=True):
         x, y = x[:rows].float(), y[:rows].float()
         errors = sum(
             (b - transcoder(a)).square().sum(0, dtype=torch.float64)
             for a, b in zip(x.split(8192), y.split(8192), strict=True)
         )
-        figures.append(fvu(errors, Moments.of(y)))
-    return torch.stack(figures).cpu()
+        unexplained.append(fvu(errors, Moments.of(y)))
+    return torch.stack(unexplained).cpu()
 
 
 def run_recipe(
-    recipe: Recipe, base: Base, held_out: Activations, accelerator: Accelerator, name: str, points: int
+    recipe: Recipe, base: Base, held_out: Activations, device: torch.device, name: str, points: int
 ) -> Curve:
     """Fits a recipe, measuring on held-out text as it goes."""
     curve = Curve()
-    with open_batches(recipe, base.tokenizer, accelerator) as text:
-        fitter = Fitter(recipe, base, accelerator)
+    with open_batches(recipe, base.tokenizer, device) as text:
+        fitter = Fitter(recipe, base, device)
         tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
         every = max(1, recipe.max_steps // max(points, 1))
         for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):
@@ -170,9 +169,9 @@ def draw(curves: dict[str, Curve], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
+def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
     """Runs the comparison and prints, writes and draws it."""
-    ours = Recipe(**read_settings(recipe_file(settings.recipe)))
+    ours = named_recipe(settings.recipe)
     ours = dataclasses.replace(
         ours,
         base=settings.base or ours.base,
@@ -181,24 +180,23 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
         hidden_multiplier=settings.hidden_multiplier or ours.hidden_multiplier,
         eval_tokens=settings.eval_tokens,
     )
-    card_file = Recipe(**read_settings(recipe_file("pythia-410m-card")))
+    published = named_recipe("pythia-410m-card")
     card = dataclasses.replace(
-        ours, max_steps=settings.steps, **{name: getattr(card_file, name) for name in CARD_SETTINGS}
+        ours, max_steps=settings.steps, **{name: getattr(published, name) for name in CARD_SETTINGS}
     )
     rows = ours.batch_size * ours.seq_len
     budget = settings.steps * rows
     full = shorter(ours, budget)
 
-    device = accelerator.device
-    base = Base.load(ours.base, revision=ours.base_revision, device=device, dtype=compute_dtype(ours, device))
+    base = Base.of_recipe(ours, device)
     if settings.harden != 1:
         harden(base, settings.harden)
-    held_out = hold_out(ours, base, accelerator)
+    held_out = hold_out(ours, base, device)
     curves = {
-        "card's recipe": run_recipe(card, base, held_out, accelerator, "card's recipe", settings.points),
-        "ours": run_recipe(full, base, held_out, accelerator, "ours", settings.points),
+        "card's recipe": run_recipe(card, base, held_out, device, "card's recipe", settings.points),
+        "ours": run_recipe(full, base, held_out, device, "ours", settings.points),
         "closed form alone": run_recipe(
-            dataclasses.replace(full, max_steps=0), base, held_out, accelerator, "closed form", 0
+            dataclasses.replace(full, max_steps=0), base, held_out, device, "closed form", 0
         ),
     }
     card_curve, our_curve, closed_curve = curves.values()
@@ -207,7 +205,7 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
         recipe = shorter(ours, int(share * budget))
         if recipe is None:
             continue
-        curve = run_recipe(recipe, base, held_out, accelerator, f"ours, {share:.1%} of the tokens", 0)
+        curve = run_recipe(recipe, base, held_out, device, f"ours, {share:.1%} of the tokens", 0)
         short.add(curve.tokens[-1], torch.tensor(curve.final))
         if short.mean <= card_curve.mean:
             break
@@ -245,7 +243,7 @@ def compare(settings: ComparisonSettings, accelerator: Accelerator) -> None:
 
 def main() -> None:
     (settings,) = HfArgumentParser(ComparisonSettings, allow_abbrev=False).parse_args_into_dataclasses()
-    compare(settings, start_accelerator())
+    compare_recipes(settings, start_accelerator().device)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.command import command_line, start_accelerator
-from bilinear_tc.train.fitting.fitter import compute_dtype
-from bilinear_tc.train.recipe import Recipe, read_settings, recipe_file
+from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.processes import start_accelerator
+from bilinear_tc.train.recipe import Recipe, named_recipe
 from bilinear_tc.train.studies.compare import harden, run_recipe
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import calibration_batches, open_batches
@@ -58,41 +57,40 @@ class TuningSettings:
     eval_tokens: int = field(default=131072, metadata={"help": "Tokens that a change is scored on."})
 
 
-def following_text(recipe: Recipe, base: Base, accelerator: Accelerator) -> Activations:
+def following_text(recipe: Recipe, base: Base, device: torch.device) -> Activations:
     """MLP inputs and outputs of the `eval_tokens` that the text goes on with where the recipe's fit ends."""
     count = -(-recipe.eval_tokens // (recipe.batch_size * recipe.seq_len))
-    with open_batches(recipe, base.tokenizer, accelerator) as text:
+    with open_batches(recipe, base.tokenizer, device) as text:
         calibration_batches(recipe, text)
         batches = list(islice(text, recipe.max_steps, recipe.max_steps + count))
     following = TokenBatch(torch.cat([batch.input_ids for batch in batches]))
     rows = following.input_ids.numel()
-    activations = Activations(base, rows, device=accelerator.device, dtype=compute_dtype(recipe, accelerator.device))
+    activations = Activations(base, rows, device=device, dtype=recipe.compute_dtype(device))
     activations.fill(following, recipe.batch_size)
     return activations
 
 
 def main() -> None:
     (settings,) = HfArgumentParser(TuningSettings, allow_abbrev=False).parse_args_into_dataclasses()
-    accelerator = start_accelerator()
+    device = start_accelerator().device
     recipe = dataclasses.replace(
-        Recipe(**read_settings(recipe_file(settings.recipe))),
+        named_recipe(settings.recipe),
         max_steps=settings.steps,
         layers=settings.layers,
         eval_tokens=settings.eval_tokens,
     )
-    device = accelerator.device
-    base = Base.load(recipe.base, layers=recipe.layer_indices(), device=device, dtype=compute_dtype(recipe, device))
+    base = Base.of_recipe(recipe, device)
     if settings.harden != 1:
         harden(base, settings.harden)
-    following = following_text(recipe, base, accelerator)
+    following = following_text(recipe, base, device)
     print(f"| change | mean FVU | to the recipe | layers {settings.layers} |\n| --- | --- | --- | --- |")
     kept = 0.0
     for change in CHANGES:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
-        curve = run_recipe(dataclasses.replace(recipe, **change), base, following, accelerator, name or "recipe", 0)
+        curve = run_recipe(dataclasses.replace(recipe, **change), base, following, device, name or "recipe", 0)
         kept = kept or curve.mean
-        figures = ", ".join(f"{value:.4f}" for value in curve.final)
-        print(f"| {name or 'none'} | {curve.mean:.4f} | {curve.mean / kept - 1:+.1%} | {figures} |", flush=True)
+        by_layer = ", ".join(f"{value:.4f}" for value in curve.final)
+        print(f"| {name or 'none'} | {curve.mean:.4f} | {curve.mean / kept - 1:+.1%} | {by_layer} |", flush=True)
 
 
 if __name__ == "__main__":
