@@ -20,12 +20,18 @@ def sample(count=6):
     return [TokenBatch(torch.randint(50, (16, 32), generator=generator), None) for _ in range(count)]
 
 
-def start(base, accelerator, **settings):
+def start(base, **settings):
     """A stack after the closed-form start, and the FVU of each layer on another batch."""
     torch.manual_seed(0)
     stack = Stack(make_transcoders(Recipe(**settings), base, CPU), dtype=torch.float32)
     activations = Activations(base, 512, device=CPU, dtype=torch.float32)
-    closed_form_start(stack, base, sample(), activations, 16, accelerator)
+
+    def calibration(_what):
+        for batch in sample():
+            activations.fill(batch, 16)
+            yield activations
+
+    closed_form_start(stack, base, calibration)
     generator = torch.Generator().manual_seed(9)
     activations.fill(TokenBatch(torch.randint(50, (16, 32), generator=generator), None), 16)
     fvu = []
@@ -48,23 +54,23 @@ def set_activation(base, function):
         setattr(mlp, "act" if hasattr(mlp, "act") else "act_fn", Activation(function))
 
 
-def test_a_quadratic_mlp_is_recovered_exactly(neox, accelerator):
+def test_a_quadratic_mlp_is_recovered_exactly(neox):
     set_activation(neox, lambda z: 0.3 + 1.7 * z - 0.4 * z.square())
-    _, fvu = start(neox, accelerator)
+    _, fvu = start(neox)
     assert max(fvu) < 1e-6
 
 
-def test_a_gated_mlp_with_a_linear_gate_is_recovered_exactly(llama, accelerator):
+def test_a_gated_mlp_with_a_linear_gate_is_recovered_exactly(llama):
     set_activation(llama, lambda z: 0.5 - 2 * z)
-    _, fvu = start(llama, accelerator, hidden_multiplier=2.5)
+    _, fvu = start(llama, hidden_multiplier=2.5)
     assert max(fvu) < 1e-6
 
 
 @pytest.mark.parametrize("base_name", ["neox", "llama"])
-def test_it_beats_the_best_affine_map_where_the_mlp_is_smooth(base_name, accelerator, request):
+def test_it_beats_the_best_affine_map_where_the_mlp_is_smooth(base_name, request):
     base = request.getfixturevalue(base_name)
     multiplier = 4 if base_name == "neox" else 2.5
-    _, fvu = start(base, accelerator, hidden_multiplier=multiplier)
+    _, fvu = start(base, hidden_multiplier=multiplier)
     activations = Activations(base, 512, device=CPU, dtype=torch.float32)
     activations.fill(sample()[0], 16)
     for layer, (x, y) in enumerate(zip(activations.x.double(), activations.y.double(), strict=True)):
@@ -106,10 +112,10 @@ def test_gated_coefficients_are_the_least_squares_line_weighted_by_up(llama):
 
 
 @pytest.mark.parametrize("multiplier", [0.5, 1, 8])
-def test_fewer_and_more_units_than_the_mlp_has(neox, accelerator, multiplier):
+def test_fewer_and_more_units_than_the_mlp_has(neox, multiplier):
     set_activation(neox, torch.nn.functional.gelu)
-    _, fvu = start(neox, accelerator, hidden_multiplier=multiplier)
-    _, full = start(neox, accelerator, hidden_multiplier=4)
+    _, fvu = start(neox, hidden_multiplier=multiplier)
+    _, full = start(neox, hidden_multiplier=4)
     for few_or_many, same in zip(fvu, full, strict=True):
         assert few_or_many < 1
         assert (few_or_many > same) if multiplier < 4 else (few_or_many < same * 1.05)
@@ -131,24 +137,24 @@ def test_sharing_the_scale_changes_no_output_and_makes_sizes_equal(neox):
     torch.testing.assert_close(left, transcoder.head.weight.detach().norm(dim=0))
 
 
-def test_dead_and_constant_units_give_a_warning_and_no_nan(neox, accelerator, caplog):
+def test_dead_and_constant_units_give_a_warning_and_no_nan(neox, caplog):
     mlp = neox.mlp(1)
     with torch.no_grad():
         mlp.dense_h_to_4h.weight[3:7] = 0  # constant pre-activations
         mlp.dense_4h_to_h.weight[:, 9] = 0  # a unit that says nothing
-    stack, fvu = start(neox, accelerator)
+    stack, fvu = start(neox)
     assert "4 of 64 features do not vary" in caplog.text
     assert all(value < 1 for value in fvu)
     for transcoder in stack.transcoders:
         assert all(p.isfinite().all() for p in transcoder.parameters())
 
 
-def test_an_mlp_of_another_kind_is_refused(neox, accelerator):
+def test_an_mlp_of_another_kind_is_refused(neox):
     mlp = neox.mlp(2)
     true_forward = mlp.forward
     mlp.forward = lambda x: true_forward(x) + 3 * x
     with pytest.raises(ValueError, match=r"no closed-form start for gpt_neox.layers.2.mlp.*--init random"):
-        start(neox, accelerator)
+        start(neox)
 
 
 def test_hidden_units_are_the_products(neox):

@@ -16,7 +16,9 @@ from fitting import TinyFit
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.train.studies import tune
-from bilinear_tc.train.studies.compare import ComparisonSettings, compare, harden, shorter
+from bilinear_tc.train.studies.compare import ComparisonSettings, compare_recipes, harden, shorter
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_a_fit_of_no_step_is_none() -> None:
     assert shorter(Recipe(batch_size=8, seq_len=32), 511) is None
 
 
-def test_the_comparison_writes_what_it_prints(recipe: Path, tmp_path: Path, accelerator, capsys) -> None:
+def test_the_comparison_writes_what_it_prints(recipe: Path, tmp_path: Path, capsys) -> None:
     settings = ComparisonSettings(
         recipe=str(recipe),
         steps=40,
@@ -77,7 +79,7 @@ def test_the_comparison_writes_what_it_prints(recipe: Path, tmp_path: Path, acce
         hidden_multiplier=6,
         output_dir=str(tmp_path),
     )
-    compare(settings, accelerator)
+    compare_recipes(settings, CPU)
     printed = capsys.readouterr().out
     assert "hidden units a layer: card 64, ours 96" in printed
     (figure,) = tmp_path.glob("*.png")
@@ -101,13 +103,13 @@ def test_the_comparison_writes_what_it_prints(recipe: Path, tmp_path: Path, acce
     assert f"is reached with {short['tokens'][-1] / (40 * 256):.1%} of its tokens" in printed
 
 
-def test_changes_are_scored_on_the_text_that_follows_the_fits(recipe: Path, accelerator) -> None:
+def test_changes_are_scored_on_the_text_that_follows_the_fits(recipe: Path) -> None:
     """The sequences that a fit of as many steps again would read next."""
     settings = dataclasses.replace(Recipe(**read_settings(recipe)), max_steps=3, eval_tokens=512)
     base = Base.load(settings.base)
-    following = tune.following_text(settings, base, accelerator)
+    following = tune.following_text(settings, base, CPU)
     assert following.rows == 512
-    with tune.open_batches(settings, base.tokenizer, accelerator) as text:
+    with tune.open_batches(settings, base.tokenizer, CPU) as text:
         read = [next(text).input_ids for _ in range(4 + 3 + 2)]
     x, y = base.activations(torch.cat(read[-2:]))[1]
     torch.testing.assert_close(following.x[1], x.flatten(0, 1), rtol=1e-4, atol=1e-5)

@@ -10,9 +10,14 @@ from torch.nn.functional import log_softmax
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.evaluate import evaluate, evaluate_set, list_layers, loss_table, solve_affine
 from bilinear_tc.train.fitting.fitter import make_transcoders
+from bilinear_tc.train.measuring.affine import solve_affine
+from bilinear_tc.train.measuring.held_out import measure, measure_held_out
+from bilinear_tc.train.measuring.reconstruction import Reconstruction
+from bilinear_tc.train.measuring.replacement import Replacement
+from bilinear_tc.train.measuring.tables import loss_table
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -45,10 +50,13 @@ def transcoders(neox):
     return made
 
 
-def measured(base, transcoders, batches, accelerator, losses=True):
+def measured(base, transcoders, batches, losses=True):
+    """The evaluation, and the content of evaluation.json; the affine maps."""
     activations = Activations(base, 48, device=CPU, dtype=torch.float32)
-    affine = solve_affine(base, transcoders, held_out(False), activations, accelerator)
-    return evaluate(base, transcoders, affine, batches, activations, accelerator, losses=losses), affine
+    affine = solve_affine(transcoders, held_out(False), activations, 32)
+    replacement = Replacement(base, transcoders) if losses else None
+    evaluation = measure(batches, activations, Reconstruction(transcoders, affine, CPU), replacement)
+    return evaluation, affine
 
 
 def run_in_float64(base, batches, replace=None, mean=None):
@@ -97,9 +105,10 @@ def printed_formula(transcoder):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_agrees_with_a_slow_float64_loop(neox, transcoders, accelerator, padded):
+def test_it_agrees_with_a_slow_float64_loop(neox, transcoders, padded):
     batches = held_out(padded)
-    result, (weights, biases) = measured(neox, transcoders, batches, accelerator)
+    evaluation, (weights, biases) = measured(neox, transcoders, batches)
+    result = evaluation.to_json()
     functions = {layer: printed_formula(t) for layer, t in enumerate(transcoders)}
     means = {layer: t.output_mean.double() for layer, t in enumerate(transcoders)}
 
@@ -145,11 +154,12 @@ class Itself(BilinearTC):
         return self.copied(x)
 
 
-def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders, accelerator):
+def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders):
     for layer, transcoder in enumerate(transcoders):
         transcoder.__class__ = Itself
         transcoder.copied = copy.deepcopy(neox.mlp(layer))
-    result, _ = measured(neox, transcoders, held_out(False), accelerator)
+    evaluation, _ = measured(neox, transcoders, held_out(False))
+    result = evaluation.to_json()
     for figures in [*result["layers"].values(), result["all_layers"]]:
         assert figures["ce_increase"] == pytest.approx(0, abs=1e-6)
         assert figures["kl"] == pytest.approx(0, abs=1e-6)
@@ -159,12 +169,13 @@ def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders,
         assert figures["fvu_linear"] > 1e-3
 
 
-def test_where_mean_outputs_cost_nothing_there_is_no_loss_to_recover(neox, transcoders, accelerator):
+def test_where_mean_outputs_cost_nothing_there_is_no_loss_to_recover(neox, transcoders):
     """The MLP of layer 1 says one and the same, its mean, whatever comes in."""
     last = neox.mlp(1).dense_4h_to_h
     last.weight.zero_()
     transcoders[1].output_mean.copy_(last.bias)
-    result, _ = measured(neox, transcoders, held_out(False), accelerator)
+    evaluation, _ = measured(neox, transcoders, held_out(False))
+    result = evaluation.to_json()
     assert {layer: "loss_recovered" in figures for layer, figures in result["layers"].items()} == {
         "0": True,
         "1": False,
@@ -173,23 +184,23 @@ def test_where_mean_outputs_cost_nothing_there_is_no_loss_to_recover(neox, trans
     assert result["layers"]["1"]["ce_increase"] != 0
     assert "loss_recovered" not in result["mean"]
     assert "ce_increase" in result["mean"]
-    rows = {row[0]: row[1:] for row in map(str.split, loss_table(result).splitlines()) if len(row) == 4}
+    rows = {row[0]: row[1:] for row in map(str.split, loss_table(evaluation).splitlines()) if len(row) == 4}
     assert rows["1"][-1] == "–"
     assert rows["0"][-1].endswith("%")
 
 
-def test_text_without_a_token_to_predict_is_refused_in_a_sentence(neox, transcoders, accelerator):
+def test_text_without_a_token_to_predict_is_refused_in_a_sentence(neox, transcoders):
     alone = [TokenBatch(torch.arange(8)[:, None])]
     with pytest.raises(ValueError, match=r"^the base's loss cannot be measured.*documents of at least 2 tokens$"):
-        measured(neox, transcoders, alone, accelerator)
-    result, _ = measured(neox, transcoders, alone, accelerator, losses=False)
-    assert result["tokens"] == 8
+        measured(neox, transcoders, alone)
+    result, _ = measured(neox, transcoders, alone, losses=False)
+    assert result.tokens == 8
     with pytest.raises(ValueError, match="the base's loss cannot be measured"):  # before any text is opened
-        evaluate_set(transcoders, Recipe(seq_len=1, dataset="nowhere"), neox, accelerator, batch_size=8, losses=True)
+        measure_held_out(transcoders, Recipe(seq_len=1, dataset="nowhere"), neox, batch_size=8, losses=True)
 
 
-def test_the_affine_map_is_the_least_squares_one(neox, transcoders, accelerator):
-    _, (weights, biases) = measured(neox, transcoders, held_out(False), accelerator, losses=False)
+def test_the_affine_map_is_the_least_squares_one(neox, transcoders):
+    _, (weights, biases) = measured(neox, transcoders, held_out(False), losses=False)
     _, _, rows = run_in_float64(neox, held_out(False))
     for layer, (x, y) in rows.items():
         design = torch.cat([x, torch.ones(len(x), 1)], dim=1)
@@ -199,13 +210,13 @@ def test_the_affine_map_is_the_least_squares_one(neox, transcoders, accelerator)
         torch.testing.assert_close(predicted, design @ solution, rtol=0, atol=2e-3)
 
 
-def test_the_base_is_as_it_was_afterwards(neox, transcoders, accelerator):
+def test_the_base_is_as_it_was_afterwards(neox, transcoders):
     input_ids = held_out(False)[0].input_ids
     before = neox.model(input_ids=input_ids).logits
-    measured(neox, transcoders, held_out(False), accelerator)
+    measured(neox, transcoders, held_out(False))
     assert torch.equal(neox.model(input_ids=input_ids).logits, before)
 
 
 def test_a_folder_without_transcoders_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no transcoders: expected layer_0/config\.json"):
-        list_layers(str(tmp_path), None)
+    with pytest.raises(ValueError, match=r"holds no layer_\* folder: expected a run"):
+        _ = Run(tmp_path).layers

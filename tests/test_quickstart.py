@@ -105,14 +105,15 @@ from pathlib import Path
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import FitFacts, begin_run, write_layers
+from bilinear_tc.train.run import HISTORY_COLUMNS, FitFacts, Run
 
 run, recipe = Path(sys.argv[1]), Recipe(base="mod\\u00e8le")
 (run / "checkpoints").mkdir(parents=True)
-begin_run(run, recipe)
+run = Run(run)
+run.begin(recipe)
 transcoder = BilinearTC(BilinearTCConfig(2, 2, 2, base_model=recipe.base, layer_index=0))
 facts = FitFacts(0, 0, 0.0, "cpu", 1, "float32", micro_batch_size=1, base_commit=None)
-write_layers(run, [transcoder], [{"step": [], "fvu": []}], recipe, facts)
+run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], recipe, facts)
 """
 
 

@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from bilinear_tc.train.recipe import RECIPES, Recipe, parse_recipe, read_settings, write_recipe
+from bilinear_tc.train.recipe import RECIPES, Recipe, parse_recipe, read_settings
+from bilinear_tc.train.run import Run
 
 
 def test_no_arguments_mean_the_recipe_of_pythia_410m():
@@ -56,7 +57,7 @@ def test_every_shipped_recipe_is_a_recipe(path):
 
 def test_a_written_recipe_reads_back(tmp_path):
     recipe = parse_recipe(["--recipe", "quickstart", "--layers", "0-2,4"])
-    write_recipe(recipe, tmp_path / "recipe.yaml")
+    Run(tmp_path).write_root(recipe.to_dict())
     assert Recipe(**read_settings(tmp_path / "recipe.yaml")) == recipe
     assert set(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == set(recipe.to_dict())
 

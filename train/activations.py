@@ -60,4 +60,5 @@ class Activations:
 
     def moments(self) -> tuple[Moments, Moments]:
         """Moments [layers, features] of this process's inputs and outputs."""
-        return tuple(Moments.stack([self._moments_of(rows) for rows in buffer]) for buffer in (self.x, self.y))
+        x, y = (Moments.stack([self._moments_of(rows) for rows in buffer]) for buffer in (self.x, self.y))
+        return x, y

@@ -77,8 +77,9 @@ class Base:
         self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
         self._blocks_name = blocks_name
         self.num_layers = len(blocks)
-        self.n_inputs, self.n_outputs = mlp_widths(self.mlp(self.layers[0]))
-        self.widest_map = max(width for pair in linear_maps(self.mlp(self.layers[0])).values() for width in pair)
+        maps = linear_maps(self.mlp(self.layers[0]))
+        widths = [width for module in maps.values() for width in map_widths(module)]
+        self.n_inputs, self.n_outputs, self.widest_map = widths[0], widths[-1], max(widths)
 
     @classmethod
     def load(
@@ -112,7 +113,7 @@ class Base:
         with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        base = cls(model.to(device), tokenizer, layers)
+        base = cls(model.to(device), tokenizer, layers)  # type: ignore[arg-type] # transformers hides the types of `to`
         base.commit = cached_commit(location, revision)
         return base
 
@@ -231,23 +232,22 @@ def check_seq_len(seq_len: int | None, positions: int | None) -> None:
         )
 
 
-def linear_maps(mlp: nn.Module) -> dict[str, tuple[int, int]]:
-    """The (inputs, outputs) of each linear map in an MLP, by module name, in order of registration."""
-    widths = {}
-    for name, module in mlp.named_modules():
-        if isinstance(module, nn.Linear):
-            widths[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):  # GPT-2's linear layer keeps its weight transposed
-            widths[name] = tuple(module.weight.shape)
-    return widths
+def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Each linear map in an MLP, by module name, in order of registration.
 
-
-def mlp_widths(mlp: nn.Module) -> tuple[int, int]:
-    """Width of an MLP's input and of its output."""
-    widths = list(linear_maps(mlp).values())
-    if len(widths) < 2:
+    Raises:
+        UserError: if there are fewer than two.
+    """
+    maps = {name: module for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if len(maps) < 2:
         raise UserError(
-            f"{type(mlp).__name__} holds {len(widths)} linear maps: expected an MLP of two or more (mixtures of "
+            f"{type(mlp).__name__} holds {len(maps)} linear maps: expected an MLP of two or more (mixtures of "
             "experts and fused layers are not supported)"
         )
-    return widths[0][0], widths[-1][1]
+    return maps
+
+
+def map_widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Width of a linear map's input and of its output; GPT-2's keeps its weight transposed."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-
-from transformers import HfArgumentParser
+from typing import Literal
 
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
 from bilinear_tc.train.processes import on_main, start_accelerator
+from bilinear_tc.train.recipe import parse_settings
 from bilinear_tc.train.run import EVALUATION, Run
 
 
@@ -36,7 +36,7 @@ class EvaluationSettings:
         default=None, metadata={"help": "Tokens to measure on. Default: the recipe's eval_tokens."}
     )
     batch_size: int = field(default=16, metadata={"help": "Sequences at once, over all processes."})
-    dtype: str = field(default="float32", metadata={"help": "Compute type: float32 or bfloat16."})
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Compute type."})
     output: str | None = field(
         default=None,
         metadata={"help": "The folder for evaluation.json. Default: the run, or for a repository the current folder."},
@@ -72,8 +72,7 @@ def evaluate(settings: EvaluationSettings) -> None:
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(EvaluationSettings, allow_abbrev=False).parse_args_into_dataclasses()
-    evaluate(settings)
+    evaluate(parse_settings(EvaluationSettings))
 
 
 if __name__ == "__main__":

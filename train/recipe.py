@@ -10,13 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 
 from bilinear_tc.train.errors import UserError, one_line
+
+T = TypeVar("T")
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "pythia-410m"
@@ -275,6 +277,13 @@ def named_recipe(name: str) -> Recipe:
     return Recipe(**read_settings(recipe_file(name)))
 
 
+def parse_settings(kind: type[T], description: str | None = None) -> T:
+    """A script's settings, a dataclass whose fields are its flags, from the command line."""
+    parser = HfArgumentParser(cast(Any, kind), allow_abbrev=False, description=description or kind.__doc__)
+    (settings,) = parser.parse_args_into_dataclasses()
+    return settings
+
+
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file.
 
@@ -284,7 +293,9 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         UserError: on an impossible value.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(Recipe, allow_abbrev=False, description="Fits the transcoders of a base's layers.")
+    parser = HfArgumentParser(
+        cast(Any, Recipe), allow_abbrev=False, description="Fits the transcoders of a base's layers."
+    )
     parser.add_argument(
         "--recipe",
         default=DEFAULT_RECIPE,

@@ -140,7 +140,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe that it was fitted with; the settings that are not known of an imported set have their defaults."""
+        """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
         return Recipe(**{"max_steps": 0, **self.recipe_settings})
 
     def config(self, layer: int) -> BilinearTCConfig:
@@ -240,7 +240,8 @@ class Run:
             UserError: if it does not load.
         """
         try:
-            return BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", revision=self.revision).eval()
+            revision = self.revision or "main"
+            return BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", revision=revision).eval()
         except Exception as error:  # a damaged file can make transformers fail in any way
             raise UserError(f"layer_{layer} of {self.where} does not load: {one_line(error)}") from error
 
@@ -267,17 +268,22 @@ class Run:
     ) -> T:
         """A layer's file as `read` reads it, or `missing()` if there is none; UserError if it is not readable."""
         key = f"layer_{layer}/{name}"
-        if key not in self._kept:
-            path = self._file(key)
-            if path is None and missing is None:
-                raise UserError(f"{key} is missing in {self.where}")
+        if key in self._kept:
+            return self._kept[key]
+        path = self._file(key)
+        if path is not None:
             try:
-                self._kept[key] = missing() if path is None else read(path)
+                content = read(path)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes its reader raise
                 raise UserError(f"{path} is not readable: {one_line(error)}") from error
-        return self._kept[key]
+        elif missing is not None:
+            content = missing()
+        else:
+            raise UserError(f"{key} is missing in {self.where}")
+        self._kept[key] = content
+        return content
 
     # Continuing
 

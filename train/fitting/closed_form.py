@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
@@ -38,7 +39,7 @@ class Linear:
     bias: Tensor
 
     @classmethod
-    def of(cls, module: nn.Module) -> Linear:
+    def of(cls, module: nn.Linear | Conv1D) -> Linear:
         weight = module.weight.detach().float()
         weight = weight if isinstance(module, nn.Linear) else weight.T
         bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
@@ -64,7 +65,7 @@ class MLPWeights:
         Raises:
             UserError: if it is neither a two-matrix nor a gated MLP of separate maps.
         """
-        maps = {name: mlp.get_submodule(name) for name in linear_maps(mlp)}
+        maps = linear_maps(mlp)
         act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
         gate_name = next((name for name in maps if "gate" in name), None)
         linears = list(maps.values())

@@ -205,6 +205,7 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
     matrices = [p for p in stack.parameters.values() if p.ndim == 3]
     biases = [p for p in stack.parameters.values() if p.ndim == 2]
     settings = {"lr": recipe.lr, "peak_lr": recipe.lr}
+    first: torch.optim.Optimizer
     if recipe.optimizer != "adamw":
         first = Muon(
             [{"params": matrices, **settings}],
@@ -217,7 +218,7 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
         first = torch.optim.AdamW(
             [{"params": matrices, **settings}], betas=CARD_BETAS, weight_decay=recipe.weight_decay
         )
-    optimizers = [first]
+    optimizers: list[torch.optim.Optimizer] = [first]
     if biases:
         group = {"params": biases, "lr": recipe.bias_lr, "peak_lr": recipe.bias_lr}
         optimizers.append(torch.optim.AdamW([group], betas=CARD_BETAS, weight_decay=0.0))

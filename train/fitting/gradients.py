@@ -30,8 +30,8 @@ def error_and_gradients(
     z is the z-scored MLP output, ẑ what `BilinearTC.normalized_forward` gives for the z-scored input.
 
     Args:
-        parameters: of a `BilinearTC`, by name and in its order: those of the maps that are multiplied, then of the last; the
-            biases may be missing.
+        parameters: of a `BilinearTC`, by name and in its order: of the maps that are multiplied, then of the last one;
+            the biases may be missing.
         x: [rows, n_inputs]; y: [rows, n_outputs]; raw.
         input_mean, input_std, output_mean, output_std: [features] float32 to z-score with.
         factor: a scalar on the device; in float16 it keeps the gradients inside the type's range.

@@ -73,17 +73,29 @@ class Stack:
         # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
         factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
         on_device = torch.full((), factor, device=self.device)  # as a number it would be compiled anew for other rows
-        statistics = [s.float() for s in (inputs.mean, inputs.std, outputs.mean, outputs.std)]
+        input_mean, input_std = inputs.mean.float(), inputs.std.float()
+        output_mean, output_std = outputs.mean.float(), outputs.std.float()
         for layer, transcoder in enumerate(self.transcoders):
             parameters = dict(transcoder.named_parameters())
-            layer_statistics = [s[layer] for s in statistics]
             for x, y in zip(
                 activations.x[layer].split(micro_rows), activations.y[layer].split(micro_rows), strict=True
             ):
-                error, gradients = self._error_and_gradients(parameters, x, y, *layer_statistics, on_device, self.dtype)
+                error, gradients = self._error_and_gradients(
+                    parameters,
+                    x,
+                    y,
+                    input_mean[layer],
+                    input_std[layer],
+                    output_mean[layer],
+                    output_std[layer],
+                    on_device,
+                    self.dtype,
+                )
                 errors[layer] += error
                 for name, gradient in gradients.items():
-                    parameters[name].grad += gradient
+                    total = parameters[name].grad
+                    assert total is not None
+                    total += gradient
         if factor != scale:
             self._gradients.mul_(scale / factor)
         if process_count() > 1:

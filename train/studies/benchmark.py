@@ -16,13 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from statistics import median
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, HfArgumentParser
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bilinear_tc.train.base import Base, base_location
 from bilinear_tc.train.errors import command_line
@@ -30,9 +31,9 @@ from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, make_transcoder
 from bilinear_tc.train.fitting.muon import flops as muon_flops
 from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe
-from bilinear_tc.train.text.batches import TokenBatch
-from bilinear_tc.train.text.source import SharedBatches, open_batches
+from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
+from bilinear_tc.train.text.batches import SharedBatches, TokenBatch
+from bilinear_tc.train.text.source import open_batches
 
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 
@@ -142,13 +143,12 @@ def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device)
         num_attention_heads=16,
         intermediate_size=4096,
         max_position_embeddings=2048,
-        rotary_pct=0.25,
+        rotary_pct=0.25,  # type: ignore[call-arg] # read by every version, declared by 4
     )
     with torch.device(device):
         model = GPTNeoXForCausalLM(config)
-    return Base(
-        model.to(recipe.compute_dtype(device)), AutoTokenizer.from_pretrained(base_location("train/quickstart"))
-    )
+    model.to(recipe.compute_dtype(device))  # type: ignore[arg-type] # transformers hides the types of `to`
+    return Base(model, AutoTokenizer.from_pretrained(base_location("train/quickstart")))
 
 
 def open_text(recipe: Recipe, base: Base, device: torch.device) -> SharedBatches:
@@ -167,7 +167,7 @@ def time_steps(fitter: Fitter, batches: Iterator[TokenBatch], steps: int) -> flo
             batch = next(batches)
         fitter.step(batch, number)
 
-    seconds = [timed(lambda number=number: step(number), fitter.device) for number in range(steps + 2)]
+    seconds = [timed(partial(step, number), fitter.device) for number in range(steps + 2)]
     return median(seconds[2:])
 
 
@@ -212,7 +212,7 @@ def time_baseline(
     seconds = []
     for layer in layers:
         baseline = LayerAtATime(recipe, base, layer, device)
-        seconds.append(median([timed(lambda b=batch, m=baseline: m.step(b), device) for batch in batches][1:]))
+        seconds.append(median([timed(partial(baseline.step, batch), device) for batch in batches][1:]))
     return sum(seconds) / len(seconds)
 
 
@@ -245,7 +245,7 @@ def smaller_fits(recipe: Recipe, base: Base, batch: TokenBatch, device: torch.de
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(BenchmarkSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    settings = parse_settings(BenchmarkSettings)
     device = start_accelerator().device
     recipe = named_recipe(settings.shape)
     recipe = dataclasses.replace(

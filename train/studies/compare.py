@@ -18,7 +18,6 @@ import matplotlib
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
@@ -26,7 +25,7 @@ from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe
+from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
 from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
@@ -93,10 +92,10 @@ def harden(base: Base, factor: float) -> None:
     """Scales the pre-activations of every two-matrix MLP up, and its outputs down, by the same factor."""
     for layer in range(base.num_layers):
         mlp = base.mlp(layer)
-        names = list(linear_maps(mlp))
-        if len(names) != 2:
-            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(names)}")
-        first, last = (mlp.get_submodule(name) for name in names)
+        maps = linear_maps(mlp)
+        if len(maps) != 2:
+            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(maps)}")
+        first, last = maps.values()
         first.weight.mul_(factor)
         first.bias.mul_(factor)
         last.weight.div_(factor)
@@ -187,6 +186,8 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
     rows = ours.batch_size * ours.seq_len
     budget = settings.steps * rows
     full = shorter(ours, budget)
+    if full is None:
+        raise UserError(f"--steps {settings.steps} pay for no step of ours after its calibration: give more")
 
     base = Base.of_recipe(ours, device)
     if settings.harden != 1:
@@ -242,7 +243,7 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(ComparisonSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    settings = parse_settings(ComparisonSettings)
     compare_recipes(settings, start_accelerator().device)
 
 

@@ -15,13 +15,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe
+from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
 from bilinear_tc.train.studies.compare import harden, run_recipe
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import calibration_batches, open_batches
@@ -71,7 +70,7 @@ def following_text(recipe: Recipe, base: Base, device: torch.device) -> Activati
 
 
 def main() -> None:
-    (settings,) = HfArgumentParser(TuningSettings, allow_abbrev=False).parse_args_into_dataclasses()
+    settings = parse_settings(TuningSettings)
     device = start_accelerator().device
     recipe = dataclasses.replace(
         named_recipe(settings.recipe),
