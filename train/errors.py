@@ -7,10 +7,10 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import metadata
 
 import torch
 
+REPORT = "https://github.com/bilinear-tc/bilinear-tc/issues"  # pyproject.toml's Issues
 # what torch.distributed's transports say if the other end is gone
 LOST_PROCESS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket Timeout", re.IGNORECASE)
 
@@ -61,7 +61,7 @@ def command_line(main: Callable[[], None]) -> None:
         if sentence is None or os.environ.get("BILINEAR_TC_TRACEBACK"):
             traceback.print_exc()
         if sentence is None:
-            sentence = f"this is a bug in bilinear-tc: please report it, with the lines above, at {issues_page()}"
+            sentence = f"this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
         print(prefix, sentence, file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -78,9 +78,3 @@ def expected(error: BaseException) -> str | None:
             "above); what was last saved is whole: run the same command to go on"
         )
     return None
-
-
-def issues_page() -> str:
-    """Where bugs are reported, as the package's metadata has it."""
-    urls = (url.split(", ", 1) for url in metadata("bilinear-tc").get_all("Project-URL", []))
-    return dict(urls)["Issues"]
