@@ -1,4 +1,4 @@
-"""Training state on disk: each checkpoint whole or absent, the last two kept, the newest one found again."""
+"""Training state on disk: each checkpoint is whole or absent, the last two are kept, and the newest is found again."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Checkpoints:
                 read[path] = _read(path)
                 return path
             except UserError as error:
-                logger.warning("%s: an earlier one is looked for", error)
+                logger.warning("%s: looking for an earlier one", error)
                 damaged = error
         if damaged is not None:
-            raise UserError(f"{damaged}, and there is no whole one before it: start anew with --no_resume") from damaged
+            raise UserError(f"{damaged}, and no earlier one is whole: start anew with --no_resume") from damaged
         return None
 
     def _write(self, name: str) -> None:
@@ -89,7 +89,7 @@ class Checkpoints:
             raise StorageError(
                 f"the checkpoint {self.folder / name} could not be written ({one_line(error, 200)}): "
                 + ("there is no earlier one" if newest is None else f"that of step {newest} is whole")
-                + "; make room on the disk and run the same command to go on"
+                + "; make room on the disk and run the same command to resume"
             ) from error
         for old in _oldest_first(self.folder)[:-KEPT]:
             old.unlink()

@@ -75,6 +75,6 @@ def expected(error: BaseException) -> str | None:
     if torch.distributed.is_initialized() and isinstance(error, RuntimeError) and LOST_PROCESS.search(str(error)):
         return (
             "another process of this launch has ended or cannot be reached (its own error, if it had time for one, is "
-            "above); what was last saved is whole: run the same command to go on"
+            "above); what was last saved is whole: run the same command to resume"
         )
     return None

@@ -137,7 +137,7 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
                 if stopping:
                     raise Interrupted(
                         f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run.folder}: "
-                        "run the same command to go on"
+                        "run the same command to resume"
                     )
 
 
@@ -172,7 +172,7 @@ def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress) 
 
 @torch.no_grad()
 def check_sound(fitter: Fitter, steps: int) -> None:
-    """Raises NotFiniteError if a transcoder as it stands, its last update included, is no good to save.
+    """Raises NotFiniteError if a transcoder as it stands, its last update included, cannot be saved.
 
     What it would export is tried on a few rows of the last batch: parameters that are NaN or infinite show in its
     outputs, and so do ones that are finite but too large to compute with.

@@ -31,7 +31,7 @@ class Recipe:
     """A fit's settings. The defaults are the recipe `pythia-410m`; a recipe file or a flag outranks them."""
 
     base: str = field(default="EleutherAI/pythia-410m", metadata={"help": "The frozen decoder: a Hub id or a folder."})
-    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    base_revision: str | None = field(default=None, metadata={"help": "The base's branch, tag or commit."})
     dataset: str = field(
         default="monology/pile-uncopyrighted",
         metadata={
@@ -45,27 +45,27 @@ class Recipe:
     eval_split: str | None = field(
         default="val.jsonl.zst",
         metadata={
-            "help": "The held-out split, or a file of the dataset's, measured at the end of the fit; 'none' leaves "
-            "that out."
+            "help": "The held-out split, or a file in the dataset, to measure on at the end of the fit. 'none': "
+            "measure nothing."
         },
     )
     eval_tokens: int = field(default=65536, metadata={"help": "Held-out tokens to measure on."})
-    layers: str | None = field(default=None, metadata={"help": "Layers to fit, such as 0-5,9; all where left out."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where the run goes; runs/RECIPE where left out."})
+    layers: str | None = field(default=None, metadata={"help": "Layers to fit, such as 0-5,9. Default: all."})
+    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. Default: runs/RECIPE."})
     seq_len: int = field(default=128, metadata={"help": "Tokens a sequence."})
     batch_size: int = field(default=512, metadata={"help": "Sequences a step, over all processes."})
     micro_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Sequences a process works on at once; chosen from the free device memory where left out."},
+        metadata={"help": "Sequences that a process works on at once. Default: chosen from the free device memory."},
     )
     max_steps: int = field(
-        default=3000, metadata={"help": "Optimiser steps; 0 publishes the start, closed form or random."}
+        default=3000, metadata={"help": "Optimizer steps. 0: the set is its start, closed form or random."}
     )
     form: Literal["bilinear", "input_sum"] = field(default="bilinear", metadata={"help": "The transcoder's form."})
     hidden_multiplier: float = field(
-        default=4.0, metadata={"help": "Hidden units of a transcoder, in units of its input's width."}
+        default=4.0, metadata={"help": "Hidden units of a transcoder, as a multiple of its input's width."}
     )
-    bias: bool = field(default=True, metadata={"help": "Give the transcoders' maps biases."})
+    bias: bool = field(default=True, metadata={"help": "Whether the transcoders' maps have biases."})
     init: Literal["mlp", "random"] = field(
         default="mlp",
         metadata={"help": "Start from the base's own MLP, in closed form, or from noise."},
@@ -74,50 +74,59 @@ class Recipe:
         default=1048576, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
     )
     optimizer: Literal["muon", "normuon", "adamw"] = field(
-        default="muon", metadata={"help": "The matrices' optimiser; biases always go by AdamW."}
+        default="muon", metadata={"help": "The optimizer of the matrices; biases always use AdamW."}
     )
     lr: float = field(default=0.02, metadata={"help": "Peak learning rate of the matrices."})
     bias_lr: float = field(default=3e-4, metadata={"help": "Peak learning rate of the biases."})
     lr_schedule: Literal["constant", "linear", "wsd"] = field(
         default="linear",
-        metadata={"help": "Learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."},
+        metadata={"help": "The learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."},
     )
     momentum: float = field(default=0.95, metadata={"help": "Muon's momentum (Nesterov)."})
     newton_schulz: Literal["classic", "polar_express"] = field(
-        default="classic", metadata={"help": "Muon's polynomials: one five times over, or one fitted to each step."}
+        default="classic",
+        metadata={"help": "Muon's polynomials: the same in all five steps, or one fitted to each step."},
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of the matrices."})
     normalization: Literal["batch", "running"] = field(
         default="batch",
-        metadata={"help": "Statistics of the fit's z-scores: the batch's own, or all rows seen so far."},
+        metadata={"help": "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far."},
     )
     pack: bool = field(
         default=True,
         metadata={
-            "help": "Fill sequences with text, an eos between documents; --no_pack truncates each document to one "
+            "help": "Fill sequences with text, with an eos between documents. --no_pack cuts each document to one "
             "sequence and leaves its padding out of every statistic."
         },
     )
     shuffle_buffer: int = field(
         default=0,
-        metadata={"help": "Sequences held back and drawn from at random; 0 keeps the text's order."},
+        metadata={"help": "Sequences that are held back and drawn from at random. 0: the text's own order."},
     )
     tokenizer_workers: int | None = field(
-        default=None, metadata={"help": "Tokenising processes; chosen from the cores where left out."}
+        default=None, metadata={"help": "Tokenizing processes. Default: chosen from the cores."}
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Compute type: auto is bfloat16 on CUDA (float32 master weights), float32 on the CPU."},
+        metadata={
+            "help": "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
+        },
     )
-    compile: bool | None = field(default=None, metadata={"help": "Compile the device code; on CUDA where left out."})
-    checkpoint_every: int = field(default=500, metadata={"help": "Steps between checkpoints; 0: at the end only."})
+    compile: bool | None = field(
+        default=None, metadata={"help": "Compile the code that runs on the device. Default: on CUDA only."}
+    )
+    checkpoint_every: int = field(default=500, metadata={"help": "Steps between checkpoints. 0: only at the end."})
     resume: bool = field(
-        default=True, metadata={"help": "Go on from the newest checkpoint of the same recipe in output_dir."}
+        default=True,
+        metadata={
+            "help": "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run "
+            "that is there, and starts anew."
+        },
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
-        default="none", metadata={"help": "Tracker that each step's figures go to."}
+        default="none", metadata={"help": "The tracker to send each step's scores to."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random start and of the shuffle."})
+    seed: int = field(default=0, metadata={"help": "The seed of the random start and of the shuffle."})
 
     def __post_init__(self) -> None:
         """Refuses impossible values.
@@ -160,18 +169,20 @@ class Recipe:
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay must be a number that is not negative, got {self.weight_decay}")
+            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if self.init == "mlp" and self.form != "bilinear":
-            raise UserError(f"init mlp starts the bilinear form only, got form {self.form}; fit it with --init random")
+            raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if self.init == "mlp" and not self.bias:
-            raise UserError("init mlp needs biases, which carry its units' linear parts; fit without by --init random")
+            raise UserError(
+                "init mlp needs biases, which carry the linear parts of its units; without biases, use --init random"
+            )
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:
         """The layers that `layers` names, ascending, or None for all.
 
         Raises:
-            UserError: where it does not read like 0-5,9, or names a layer that no decoder has.
+            UserError: if it does not read like 0-5,9, or names a layer that no decoder has.
         """
         if self.layers is None:
             return None
@@ -190,7 +201,7 @@ class Recipe:
         """Hidden units of a transcoder whose input has this width.
 
         Raises:
-            UserError: where that is none.
+            UserError: if that is none.
         """
         units = round(self.hidden_multiplier * n_inputs)
         if units < 1:
@@ -211,7 +222,7 @@ class Recipe:
 
 
 def check_type(name: str, hint: Any, value: Any) -> None:
-    """Refuses a value that is not of its setting's type, as a recipe file may hold; a whole number is a number too.
+    """Refuses a value that is not of its setting's type, which a recipe file may hold; a whole number is a number too.
 
     Raises:
         UserError: one sentence that names the setting, what was expected and what came.
@@ -231,7 +242,7 @@ def recipe_file(name: str) -> Path:
     """The file of a recipe that is named or given by its path.
 
     Raises:
-        UserError: where there is none.
+        UserError: if there is none.
     """
     for path in (RECIPES / f"{name}.yaml", Path(name)):
         if path.is_file():

@@ -72,7 +72,7 @@ WRITE_ERRORS = (OSError, SafetensorError, pyarrow.ArrowException)
 
 @dataclass
 class FitFacts:
-    """What a fit measured of itself, and what it chose where the recipe left it open.
+    """What a fit measured of itself, and what it chose if the recipe left it open.
 
     Attributes:
         steps, tokens: optimizer steps made, and tokens read for them and for the start.
@@ -370,7 +370,7 @@ class Run:
         except WRITE_ERRORS as error:
             raise StorageError(
                 f"the layers could not all be written to {self.folder} ({one_line(error)}): those that are there "
-                "are whole, and so are the checkpoints; make room on the disk and run the same command to go on"
+                "are whole, and so are the checkpoints; make room on the disk and run the same command to resume"
             ) from error
 
     def write_layer(

@@ -51,7 +51,7 @@ class Linear:
 
 @dataclass
 class MLPWeights:
-    """What a base's MLP computes: `down(act(gate(x)) ⊙ up(x))`, without `⊙ up(x)` where up is None."""
+    """What a base's MLP computes: `down(act(gate(x)) ⊙ up(x))`, without `⊙ up(x)` if up is None."""
 
     gate: Linear
     up: Linear | None
@@ -99,7 +99,7 @@ class ActivationFit:
     """The least-squares polynomial of `act` for each neuron, over the pre-activations that the data shows.
 
     Powers are taken of t = (z − shift) / scale, with shift and scale the mean and standard deviation of the first
-    rows' z: the coefficients are then of the size of `act`'s own variation, also where z hardly varies.
+    rows' z: the coefficients are then of the size of `act`'s own variation, even if z hardly varies.
 
     Args:
         weights: the MLP.
@@ -137,7 +137,7 @@ class ActivationFit:
         return torch.linalg.solve(normal + torch.diag_embed(ridge), self.products.T.unsqueeze(-1)).squeeze(-1).T
 
     def unit_power(self, coefficients: Tensor) -> Tensor:
-        """Mean square [width] of each unit's product, its constant part apart where there is no gate."""
+        """Mean square [width] of each unit's product, without its constant part if there is no gate."""
         moments = self.powers / self.powers[0] if self.weights.up is None else self.powers
         if self.weights.up is not None:
             a, b = coefficients

@@ -181,7 +181,7 @@ class Progress:
 
 
 def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
-    """One randomly initialised transcoder a layer, float32."""
+    """One randomly initialized transcoder a layer, float32."""
     return [
         BilinearTC(
             BilinearTCConfig(

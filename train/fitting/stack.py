@@ -19,7 +19,7 @@ FLOAT16_SCALE = 2.0**-8
 class Stack:
     """One `BilinearTC` a layer, whose parameters and gradients are views into stacked buffers.
 
-    A layer's gradients touch that layer's part of the buffers alone; the optimiser sees one [layers, rows, cols] batch
+    A layer's gradients touch that layer's part of the buffers alone; the optimizer sees one [layers, rows, cols] batch
     a map; all gradients lie in one buffer, reduced over processes in one go.
 
     Attributes:

@@ -217,7 +217,7 @@ def time_baseline(
 
 
 def text_rate(batches: Iterator[TokenBatch], tokens: int) -> float:
-    """Tokens a second of the text pipeline alone, reading and tokenising processes started beforehand."""
+    """Tokens a second of the text pipeline alone, reading and tokenizing processes started beforehand."""
     next(batches)
     started, read = time.perf_counter(), 0
     while read < tokens:
@@ -226,7 +226,7 @@ def text_rate(batches: Iterator[TokenBatch], tokens: int) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the device's, or this process's where it computes on the CPU."""
+    """Bytes: the device's, or this process's if it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

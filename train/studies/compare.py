@@ -144,7 +144,7 @@ def run_recipe(
 
 
 def shorter(recipe: Recipe, tokens: int) -> Recipe | None:
-    """The recipe with as many steps as these tokens pay for, after calibration; None where they pay for none."""
+    """The recipe with as many steps as these tokens pay for, after calibration; None if they pay for none."""
     rows = recipe.batch_size * recipe.seq_len
     init_tokens = min(recipe.init_tokens, tokens // 2 // rows * rows)
     steps = (tokens - init_tokens) // rows
