@@ -16,7 +16,7 @@ from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
 from bilinear_tc.train.processes import on_main, start_accelerator
-from bilinear_tc.train.recipe import parse_settings
+from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.run import EVALUATION, Run
 
 
@@ -25,21 +25,18 @@ class EvaluationSettings:
     """What to measure, and on what text."""
 
     transcoders: str = field(metadata={"help": "A run's folder or a Hub repository."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the repository."})
-    base: str | None = field(default=None, metadata={"help": "The base. Default: the recipe's."})
-    base_revision: str | None = field(default=None, metadata={"help": "The base's branch, tag or commit."})
-    dataset: str | None = field(default=None, metadata={"help": "Held-out text. Default: the recipe's dataset."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration name."})
-    split: str | None = field(default=None, metadata={"help": "Its split. Default: the recipe's eval_split."})
-    text_column: str | None = field(default=None, metadata={"help": "The column that holds the text."})
-    tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to measure on. Default: the recipe's eval_tokens."}
-    )
-    batch_size: int = field(default=16, metadata={"help": "Sequences at once, over all processes."})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Compute type."})
-    output: str | None = field(
-        default=None,
-        metadata={"help": "The folder for evaluation.json. Default: the run, or for a repository the current folder."},
+    revision: str | None = option(None, "Branch, tag or commit of the repository.")
+    base: str | None = option(None, "The base. Default: the recipe's.")
+    base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    dataset: str | None = option(None, "Held-out text. Default: the recipe's dataset.")
+    dataset_config: str | None = option(None, "The dataset's configuration name.")
+    split: str | None = option(None, "Its split. Default: the recipe's eval_split.")
+    text_column: str | None = option(None, "The column that holds the text.")
+    tokens: int | None = option(None, "Tokens to measure on. Default: the recipe's eval_tokens.")
+    batch_size: int = option(16, "Sequences at once, over all processes.")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type.")
+    output: str | None = option(
+        None, "The folder for evaluation.json. Default: the run, or for a repository the current folder."
     )
 
 

@@ -26,107 +26,80 @@ MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
+def option(default: Any, help: str) -> Any:
+    """A field that is a flag too."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Recipe:
     """A fit's settings. The defaults are the recipe `pythia-410m`; a recipe file or a flag outranks them."""
 
-    base: str = field(default="EleutherAI/pythia-410m", metadata={"help": "The frozen decoder: a Hub id or a folder."})
-    base_revision: str | None = field(default=None, metadata={"help": "The base's branch, tag or commit."})
-    dataset: str = field(
-        default="monology/pile-uncopyrighted",
-        metadata={
-            "help": "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, "
-            "parquet, py; a comma list or a glob) or python-stdlib."
-        },
+    base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
+    base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    dataset: str = option(
+        "monology/pile-uncopyrighted",
+        "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, parquet, py; "
+        "a comma list or a glob) or python-stdlib.",
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration name."})
-    split: str = field(default="train", metadata={"help": "The split to fit on."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds a document's text."})
-    eval_split: str | None = field(
-        default="val.jsonl.zst",
-        metadata={
-            "help": "The held-out split, or a file in the dataset, to measure on at the end of the fit. 'none': "
-            "measure nothing."
-        },
+    dataset_config: str | None = option(None, "The dataset's configuration name.")
+    split: str = option("train", "The split to fit on.")
+    text_column: str = option("text", "The column that holds a document's text.")
+    eval_split: str | None = option(
+        "val.jsonl.zst",
+        "The held-out split, or a file in the dataset, to measure on at the end of the fit. 'none': measure nothing.",
     )
-    eval_tokens: int = field(default=65536, metadata={"help": "Held-out tokens to measure on."})
-    layers: str | None = field(default=None, metadata={"help": "Layers to fit, such as 0-5,9. Default: all."})
-    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. Default: runs/RECIPE."})
-    seq_len: int = field(default=128, metadata={"help": "Tokens a sequence."})
-    batch_size: int = field(default=512, metadata={"help": "Sequences a step, over all processes."})
-    micro_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Sequences that a process works on at once. Default: chosen from the free device memory."},
+    eval_tokens: int = option(65536, "Held-out tokens to measure on.")
+    layers: str | None = option(None, "Layers to fit, such as 0-5,9. Default: all.")
+    output_dir: str | None = option(None, "The run's folder. Default: runs/RECIPE.")
+    seq_len: int = option(128, "Tokens a sequence.")
+    batch_size: int = option(512, "Sequences a step, over all processes.")
+    micro_batch_size: int | None = option(
+        None, "Sequences that a process works on at once. Default: chosen from the free device memory."
     )
-    max_steps: int = field(
-        default=3000, metadata={"help": "Optimizer steps. 0: the set is its start, closed form or random."}
+    max_steps: int = option(3000, "Optimizer steps. 0: the set is its start, closed form or random.")
+    form: Literal["bilinear", "input_sum"] = option("bilinear", "The transcoder's form.")
+    hidden_multiplier: float = option(4.0, "Hidden units of a transcoder, as a multiple of its input's width.")
+    bias: bool = option(True, "Whether the transcoders' maps have biases.")
+    init: Literal["mlp", "random"] = option("mlp", "Start from the base's own MLP, in closed form, or from noise.")
+    init_tokens: int = option(1048576, "Tokens of the calibration sample that --init mlp solves on.")
+    optimizer: Literal["muon", "normuon", "adamw"] = option(
+        "muon", "The optimizer of the matrices; biases always use AdamW."
     )
-    form: Literal["bilinear", "input_sum"] = field(default="bilinear", metadata={"help": "The transcoder's form."})
-    hidden_multiplier: float = field(
-        default=4.0, metadata={"help": "Hidden units of a transcoder, as a multiple of its input's width."}
+    lr: float = option(0.02, "Peak learning rate of the matrices.")
+    bias_lr: float = option(3e-4, "Peak learning rate of the biases.")
+    lr_schedule: Literal["constant", "linear", "wsd"] = option(
+        "linear", "The learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."
     )
-    bias: bool = field(default=True, metadata={"help": "Whether the transcoders' maps have biases."})
-    init: Literal["mlp", "random"] = field(
-        default="mlp",
-        metadata={"help": "Start from the base's own MLP, in closed form, or from noise."},
+    momentum: float = option(0.95, "Muon's momentum (Nesterov).")
+    newton_schulz: Literal["classic", "polar_express"] = option(
+        "classic", "Muon's polynomials: the same in all five steps, or one fitted to each step."
     )
-    init_tokens: int = field(
-        default=1048576, metadata={"help": "Tokens of the calibration sample that --init mlp solves on."}
+    weight_decay: float = option(0.01, "Decoupled weight decay of the matrices.")
+    normalization: Literal["batch", "running"] = option(
+        "batch", "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far."
     )
-    optimizer: Literal["muon", "normuon", "adamw"] = field(
-        default="muon", metadata={"help": "The optimizer of the matrices; biases always use AdamW."}
+    pack: bool = option(
+        True,
+        "Fill sequences with text, with an eos between documents. --no_pack cuts each document to one sequence "
+        "and leaves its padding out of every statistic.",
     )
-    lr: float = field(default=0.02, metadata={"help": "Peak learning rate of the matrices."})
-    bias_lr: float = field(default=3e-4, metadata={"help": "Peak learning rate of the biases."})
-    lr_schedule: Literal["constant", "linear", "wsd"] = field(
-        default="linear",
-        metadata={"help": "The learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."},
+    shuffle_buffer: int = option(0, "Sequences that are held back and drawn from at random. 0: the text's own order.")
+    tokenizer_workers: int | None = option(None, "Tokenizing processes. Default: chosen from the cores.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
     )
-    momentum: float = field(default=0.95, metadata={"help": "Muon's momentum (Nesterov)."})
-    newton_schulz: Literal["classic", "polar_express"] = field(
-        default="classic",
-        metadata={"help": "Muon's polynomials: the same in all five steps, or one fitted to each step."},
+    compile: bool | None = option(None, "Compile the code that runs on the device. Default: on CUDA only.")
+    checkpoint_every: int = option(500, "Steps between checkpoints. 0: only at the end.")
+    resume: bool = option(
+        True,
+        "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run that is "
+        "there, and starts anew.",
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of the matrices."})
-    normalization: Literal["batch", "running"] = field(
-        default="batch",
-        metadata={"help": "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far."},
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
+        "none", "The tracker to send each step's scores to."
     )
-    pack: bool = field(
-        default=True,
-        metadata={
-            "help": "Fill sequences with text, with an eos between documents. --no_pack cuts each document to one "
-            "sequence and leaves its padding out of every statistic."
-        },
-    )
-    shuffle_buffer: int = field(
-        default=0,
-        metadata={"help": "Sequences that are held back and drawn from at random. 0: the text's own order."},
-    )
-    tokenizer_workers: int | None = field(
-        default=None, metadata={"help": "Tokenizing processes. Default: chosen from the cores."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={
-            "help": "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
-        },
-    )
-    compile: bool | None = field(
-        default=None, metadata={"help": "Compile the code that runs on the device. Default: on CUDA only."}
-    )
-    checkpoint_every: int = field(default=500, metadata={"help": "Steps between checkpoints. 0: only at the end."})
-    resume: bool = field(
-        default=True,
-        metadata={
-            "help": "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run "
-            "that is there, and starts anew."
-        },
-    )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = field(
-        default="none", metadata={"help": "The tracker to send each step's scores to."}
-    )
-    seed: int = field(default=0, metadata={"help": "The seed of the random start and of the shuffle."})
+    seed: int = option(0, "The seed of the random start and of the shuffle.")
 
     def __post_init__(self) -> None:
         """Refuses impossible values.

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from statistics import median
@@ -31,7 +31,7 @@ from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, make_transcoder
 from bilinear_tc.train.fitting.muon import flops as muon_flops
 from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
+from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.text.batches import SharedBatches, TokenBatch
 from bilinear_tc.train.text.source import open_batches
 
@@ -42,18 +42,15 @@ PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 class BenchmarkSettings:
     """What to time."""
 
-    shape: Literal["quickstart", "pythia-410m"] = field(default="quickstart", metadata={"help": "The recipe to time."})
-    steps: int = field(default=10, metadata={"help": "Steps timed, after two that are not."})
-    baseline_steps: int = field(default=3, metadata={"help": "Steps timed of each baseline layer, after one."})
-    baseline_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Layers the baseline is timed on, the others taken to cost their mean; all, or 1 for Pythia."
-        },
+    shape: Literal["quickstart", "pythia-410m"] = option("quickstart", "The recipe to time.")
+    steps: int = option(10, "Steps timed, after two that are not.")
+    baseline_steps: int = option(3, "Steps timed of each baseline layer, after one.")
+    baseline_layers: int | None = option(
+        None, "Layers the baseline is timed on, the others taken to cost their mean; all, or 1 for Pythia."
     )
-    text_tokens: int = field(default=2_000_000, metadata={"help": "Tokens the text pipeline alone is timed on."})
-    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step, in place of the recipe's."})
-    micro_batch_size: int | None = field(default=None, metadata={"help": "As in the recipe."})
+    text_tokens: int = option(2_000_000, "Tokens the text pipeline alone is timed on.")
+    batch_size: int | None = option(None, "Sequences a step, in place of the recipe's.")
+    micro_batch_size: int | None = option(None, "As in the recipe.")
 
 
 def synchronize(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
+from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
@@ -52,19 +52,18 @@ SHORT_FITS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5)
 class ComparisonSettings:
     """What to compare on."""
 
-    recipe: str = field(default="quickstart", metadata={"help": "Our recipe: its base, text and settings."})
-    steps: int = field(default=1000, metadata={"help": "Optimiser steps of the card's recipe."})
-    batch_size: int | None = field(default=None, metadata={"help": "Sequences a step; default: the recipe's."})
-    base: str | None = field(default=None, metadata={"help": "Another base."})
-    dataset: str | None = field(default=None, metadata={"help": "Another text."})
-    harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
-    hidden_multiplier: float | None = field(
-        default=None,
-        metadata={"help": "Hidden units of ours, in units of its input's width; default: the recipe's."},
+    recipe: str = option("quickstart", "Our recipe: its base, text and settings.")
+    steps: int = option(1000, "Optimiser steps of the card's recipe.")
+    batch_size: int | None = option(None, "Sequences a step; default: the recipe's.")
+    base: str | None = option(None, "Another base.")
+    dataset: str | None = option(None, "Another text.")
+    harden: float = option(1.0, "Factor on the MLPs' pre-activations.")
+    hidden_multiplier: float | None = option(
+        None, "Hidden units of ours, in units of its input's width; default: the recipe's."
     )
-    eval_tokens: int = field(default=131072, metadata={"help": "Held-out tokens."})
-    points: int = field(default=20, metadata={"help": "Points on each curve."})
-    output_dir: str = field(default="runs/comparison", metadata={"help": "Where the figures and the JSON go."})
+    eval_tokens: int = option(131072, "Held-out tokens.")
+    points: int = option(20, "Points on each curve.")
+    output_dir: str = option("runs/comparison", "Where the figures and the JSON go.")
 
 
 @dataclass

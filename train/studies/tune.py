@@ -10,7 +10,7 @@ which the published figures are measured on, has no part in choosing the setting
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,7 @@ from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe, parse_settings
+from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.studies.compare import harden, run_recipe
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import calibration_batches, open_batches
@@ -49,11 +49,11 @@ CHANGES: list[dict[str, Any]] = [
 class TuningSettings:
     """What to try the changes on."""
 
-    recipe: str = field(default="quickstart", metadata={"help": "The recipe to change."})
-    steps: int = field(default=200, metadata={"help": "Optimiser steps of each fit."})
-    layers: str = field(default="1,2,4", metadata={"help": "Layers to fit."})
-    harden: float = field(default=1.0, metadata={"help": "Factor on the MLPs' pre-activations."})
-    eval_tokens: int = field(default=131072, metadata={"help": "Tokens that a change is scored on."})
+    recipe: str = option("quickstart", "The recipe to change.")
+    steps: int = option(200, "Optimiser steps of each fit.")
+    layers: str = option("1,2,4", "Layers to fit.")
+    harden: float = option(1.0, "Factor on the MLPs' pre-activations.")
+    eval_tokens: int = option(131072, "Tokens that a change is scored on.")
 
 
 def following_text(recipe: Recipe, base: Base, device: torch.device) -> Activations:
