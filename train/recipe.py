@@ -142,7 +142,7 @@ class Recipe:
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise UserError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         if self.init == "mlp" and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if self.init == "mlp" and not self.bias:
