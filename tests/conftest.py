@@ -1,23 +1,26 @@
-"""What several test files start from: small decoders with random weights, and the base that ships."""
+"""What several test files start from: small decoders with random weights, tiny fits, and the quickstart's run."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from fitting import ForkServer, TinyFit, write_base, write_text
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from bases import tiny_llama, tiny_neox, write_base
+from fitting import TinyFit, write_text
+from forking import ForkServer
+from quickstart import QuickstartRun, run_quickstart
 
 from bilinear_tc.train.base import Base
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-QUICKSTART_COMMAND = "accelerate launch train/fit.py --recipe quickstart"  # as the README prints it
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """A script that a test calls in this process may set their number, on which the last bits of later tests depend."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -28,58 +31,25 @@ def accelerator() -> Accelerator:
 @pytest.fixture
 def neox() -> Base:
     """Three layers of width 16, two-matrix MLPs of width 64 whose pre-activations vary by about one."""
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-    )
-    return Base(GPTNeoXForCausalLM(config), tokenizer=None)
+    return Base(tiny_neox(), tokenizer=None)
 
 
 @pytest.fixture
 def llama() -> Base:
     """Two layers of width 16 with gated MLPs of width 40."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-    )
-    return Base(LlamaForCausalLM(config), tokenizer=None)
-
-
-@dataclass(frozen=True)
-class QuickstartRun:
-    """The README's quickstart, as it went: its run and what it printed."""
-
-    folder: Path
-    printed: str
+    return Base(tiny_llama(num_hidden_layers=2), tokenizer=None)
 
 
 @pytest.fixture(scope="session")
 def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
     """The quickstart command, once for all tests."""
-    folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    program, *arguments = QUICKSTART_COMMAND.split()
-    command = [Path(sys.executable).with_name(program), *arguments, "--output_dir", folder]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return QuickstartRun(folder, finished.stdout)
+    return run_quickstart(tmp_path_factory.mktemp("runs") / "quickstart")
 
 
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Starts fits by forking a process that has imported everything."""
-    server = ForkServer(tmp_path_factory.mktemp("fits"))
+    """Starts scripts by forking a process that has imported everything."""
+    server = ForkServer(tmp_path_factory.mktemp("processes"))
     yield server
     server.close()
 

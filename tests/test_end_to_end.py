@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-from test_hub_loading import load_in_fresh_process, saved_output
+from loading import load_in_fresh_process, saved_output
+from quickstart import LAYERS, REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.text.documents import python_stdlib_files
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-LAYERS = range(6)
 
 
 @pytest.fixture(scope="module")

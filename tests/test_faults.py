@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import zstandard
+from bases import write_base
 from fitting import (
     TinyFit,
     assert_loads,
@@ -20,11 +21,10 @@ from fitting import (
     checkpoints,
     layers,
     partial,
-    wait_until,
-    write_base,
     write_text,
 )
-from test_hub_loading import load_in_fresh_process
+from forking import wait_until
+from loading import load_in_fresh_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3

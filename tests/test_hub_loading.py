@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,55 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fitting import write_base
+from bases import write_base
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from loading import load_in_fresh_process, run_files, saved_output
 from tiny_run import write_tiny_run
-
-from bilinear_tc.modeling_bilinear_tc import BilinearTC
-
-# Only torch and transformers: the package itself is out of reach, as it is for a reader of the Hub.
-LOADER = """
-import json, sys
-sys.modules["bilinear_tc"] = None
-import torch
-from transformers import AutoConfig, AutoModel
-
-out, where, loads = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-outputs = []
-for load in loads:
-    place = {name: value for name, value in load.items() if name in ("subfolder", "revision")}
-    config = AutoConfig.from_pretrained(where, trust_remote_code=True, **place)
-    model = AutoModel.from_pretrained(where, trust_remote_code=True, **load)
-    if "dtype" in load:
-        config.dtype = load["dtype"]
-    assert config.to_dict() == model.config.to_dict(), (config, model.config)
-    x = torch.linspace(-2, 2, 6 * config.n_inputs).reshape(2, 3, config.n_inputs)
-    with torch.no_grad():
-        outputs.append((config.layer_index, type(model).__name__, model(x.to(model.device)).cpu()))
-torch.save(outputs, out)
-"""
-
-
-def load_in_fresh_process(where: str | Path, loads: list[dict], environment: dict[str, str], out: Path):
-    """Layer index, class name and output on a fixed input of every load, from a process that starts with nothing."""
-    command = [sys.executable, "-c", LOADER, str(out), str(where), json.dumps(loads)]
-    done = subprocess.run(command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return torch.load(out)
-
-
-def saved_output(run: Path, layer: int) -> torch.Tensor:
-    model = BilinearTC.from_pretrained(run / f"layer_{layer}")
-    x = torch.linspace(-2, 2, 6 * model.config.n_inputs).reshape(2, 3, model.config.n_inputs)
-    with torch.no_grad():
-        return model(x)
-
-
-def run_files(run: Path) -> dict[str, bytes | Path]:
-    files = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
-    return {path.relative_to(run).as_posix(): path for path in files}
 
 
 def test_layers_load_over_http_at_every_kind_of_revision(tmp_path: Path) -> None:

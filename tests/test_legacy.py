@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from bases import tiny_neox, write_base_of_words
 from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, GPTNeoXForCausalLM
 
 from bilinear_tc.train.command import command_line
 from bilinear_tc.train.recipe import Recipe, read_settings
@@ -41,23 +42,8 @@ WORDS = [f"w{i}" for i in range(40)]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-NeoX of three layers with random weights and a tokenizer of one token a word."""
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=len(WORDS) + 1,
-        hidden_size=WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<eos>", *WORDS])}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return folder
+    model = tiny_neox(vocab_size=len(WORDS) + 1, hidden_size=WIDTH, bos_token_id=0, eos_token_id=0)
+    return write_base_of_words(folder, model, WORDS, Whitespace())
 
 
 @pytest.fixture(scope="module")

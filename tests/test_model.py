@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from bases import tiny_gpt2, tiny_llama, tiny_neox
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
@@ -55,29 +55,10 @@ def by_the_formula(tc, x):
     return torch.stack(rows).reshape(*x.shape[:-1], -1)
 
 
-def neox(**overrides):
-    torch.manual_seed(1)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = GPTNeoXConfig(vocab_size=50, max_position_embeddings=32, initializer_range=0.3, **sizes | overrides)
-    return GPTNeoXForCausalLM(config).eval()
-
-
-def llama(**overrides):
-    torch.manual_seed(2)
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=50, max_position_embeddings=32, initializer_range=0.3, **sizes | overrides)
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2():
-    torch.manual_seed(3)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=WIDTH, n_layer=3, n_head=2)).eval()
-
-
 BASES = {
-    "neox": (neox, "gpt_neox.layers.{}.mlp"),
-    "llama": (llama, "model.layers.{}.mlp"),
-    "gpt2": (gpt2, "transformer.h.{}.mlp"),
+    "neox": (tiny_neox, "gpt_neox.layers.{}.mlp"),
+    "llama": (tiny_llama, "model.layers.{}.mlp"),
+    "gpt2": (tiny_gpt2, "transformer.h.{}.mlp"),
 }
 
 
@@ -344,7 +325,7 @@ def test_capture_returns_what_enters_and_leaves_the_mlp(base_and_path, layer):
 
 
 def test_the_mlp_is_found_by_the_inner_models_path_and_inside_a_wrapper():
-    base = neox()
+    base = tiny_neox()
     _, x, _ = with_hook(base, "gpt_neox.layers.1.mlp")
     wrapper = nn.ModuleDict({"module": base})
     wrapper.forward = base.forward
@@ -354,14 +335,14 @@ def test_the_mlp_is_found_by_the_inner_models_path_and_inside_a_wrapper():
 
 
 def test_the_input_of_gpt_neoxs_mlp_is_the_normalised_residual():
-    base = neox(use_parallel_residual=True)
+    base = tiny_neox(use_parallel_residual=True)
     hidden = base(input_ids=TOKENS, output_hidden_states=True).hidden_states[1]
     x, _ = transcoder(mlp_path="gpt_neox.layers.1.mlp").capture(base, input_ids=TOKENS)
     torch.testing.assert_close(x, base.gpt_neox.layers[1].post_attention_layernorm(hidden))
 
 
 def test_capture_stops_after_the_mlp_and_leaves_no_trace():
-    base = neox()
+    base = tiny_neox()
     before, modules = logits(base), list(base.modules())
     later = []
     handle = base.gpt_neox.layers[2].register_forward_hook(lambda *_: later.append(1))
@@ -402,7 +383,7 @@ def test_attached_replaces_the_mlp_and_restores_it(base_and_path):
 
 
 def test_many_layers_at_once_nested_and_twice():
-    base = neox()
+    base = tiny_neox()
     before = logits(base)
     tcs = [transcoder(mlp_path=f"gpt_neox.layers.{i}.mlp", seed=i) for i in range(3)]
     handles = [
@@ -426,7 +407,7 @@ def test_many_layers_at_once_nested_and_twice():
 
 
 def test_capture_while_attached_sees_the_spliced_input_and_the_true_output():
-    base = neox()
+    base = tiny_neox()
     first, second = (transcoder(mlp_path=f"gpt_neox.layers.{i}.mlp", seed=i) for i in (0, 1))
     mlp = base.gpt_neox.layers[1].mlp
     _, clean, _ = with_hook(base, second.config.mlp_path)
@@ -439,7 +420,7 @@ def test_capture_while_attached_sees_the_spliced_input_and_the_true_output():
 
 
 def test_the_base_keeps_its_dtype_and_the_transcoder_its_own():
-    base = neox().to(torch.bfloat16)
+    base = tiny_neox().to(torch.bfloat16)
     tc = transcoder(mlp_path="gpt_neox.layers.1.mlp")
     expected, x, _ = with_hook(base, tc.config.mlp_path, replacement=lambda x: tc(x).to(torch.bfloat16))
     assert x.dtype == torch.bfloat16
@@ -449,7 +430,7 @@ def test_the_base_keeps_its_dtype_and_the_transcoder_its_own():
 
 
 def test_gradients_flow_through_an_attached_transcoder():
-    base = neox()
+    base = tiny_neox()
     tc = transcoder(mlp_path="gpt_neox.layers.1.mlp")
     with tc.attached(base):
         base(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -457,7 +438,7 @@ def test_gradients_flow_through_an_attached_transcoder():
 
 
 def test_attaching_disturbs_neither_the_callers_hooks_nor_the_random_numbers():
-    tc, base = transcoder(mlp_path="transformer.h.1.mlp"), gpt2().train()
+    tc, base = transcoder(mlp_path="transformer.h.1.mlp"), tiny_gpt2().train()
     mlp = base.transformer.h[1].mlp
     assert mlp.dropout.p > 0
     seen = []
@@ -476,7 +457,7 @@ def test_attaching_disturbs_neither_the_callers_hooks_nor_the_random_numbers():
 
 def test_a_base_compiled_in_one_graph():
     torch.compiler.reset()
-    base = neox(num_hidden_layers=2)
+    base = tiny_neox(num_hidden_layers=2)
     tc = transcoder(mlp_path="gpt_neox.layers.1.mlp")
     before = logits(base)
     expected, x, y = with_hook(base, tc.config.mlp_path, replacement=tc)
@@ -513,16 +494,16 @@ class ResidualMLP(TupleMLP):
 @pytest.mark.parametrize(
     ("config", "make", "sentence"),
     [
-        ({}, neox, "does not say which MLP it stands in for"),
+        ({}, tiny_neox, "does not say which MLP it stands in for"),
         (
             {"mlp_path": "gpt_neox.layers.3.mlp"},
-            neox,
+            tiny_neox,
             r"stands in for gpt_neox\.layers\.3\.mlp.* no module of that name",
         ),
-        ({"mlp_path": "gpt_neox.layers.1.mlp"}, llama, r"LlamaForCausalLM\) has no module of that name"),
-        ({"mlp_path": "gpt_neox.layers.1.mlp"}, lambda: neox(hidden_size=32), "from width 16 to 16, but .* 32"),
-        ({"mlp_path": "model.layers.1.mlp"}, lambda: llama(hidden_size=32), "from width 16 to 16, but .* 32"),
-        ({"mlp_path": "transformer.h.1.mlp", "n_outputs": 24}, gpt2, "from width 16 to 24, but .* 16"),
+        ({"mlp_path": "gpt_neox.layers.1.mlp"}, tiny_llama, r"LlamaForCausalLM\) has no module of that name"),
+        ({"mlp_path": "gpt_neox.layers.1.mlp"}, lambda: tiny_neox(hidden_size=32), "from width 16 to 16, but .* 32"),
+        ({"mlp_path": "model.layers.1.mlp"}, lambda: tiny_llama(hidden_size=32), "from width 16 to 16, but .* 32"),
+        ({"mlp_path": "transformer.h.1.mlp", "n_outputs": 24}, tiny_gpt2, "from width 16 to 24, but .* 16"),
         ({"mlp_path": "gpt_neox.layers.1.mlp"}, lambda: "pythia", "must be a loaded model .* not str"),
     ],
 )
@@ -564,7 +545,7 @@ def test_an_mlp_that_is_not_one_tensor_to_one_tensor_is_refused(use, mlp, call, 
 
 @pytest.mark.parametrize("use", ["attached", "capture"])
 def test_a_full_device_is_not_taken_for_a_base_that_does_not_fit(use):
-    base = neox()
+    base = tiny_neox()
 
     def full(_x):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

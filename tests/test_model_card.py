@@ -11,12 +11,15 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
+from bases import tiny_neox, write_base_of_words
+from forking import ForkServer
 from hub_server import HubServer, copy_repository
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import get_session
-from tiny_run import ROOT, final_fvu, write_tiny_run
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from publishing import Publisher
+from tiny_run import final_fvu, write_tiny_run
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.upload.figures import draw_figures
@@ -418,24 +421,10 @@ def test_writing_again_gives_the_same_card(tmp_path: Path) -> None:
 @pytest.fixture
 def spliced(tmp_path: Path) -> tuple[Path, Path]:
     """A run, and a base on disk that it fits: three layers of width 8."""
-    torch.manual_seed(0)
-    base = tmp_path / "base"
-    config = GPTNeoXConfig(
-        vocab_size=300,
-        hidden_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    GPTNeoXForCausalLM(config).half().save_pretrained(base)  # as Pythia is on the Hub
-    vocabulary = {letter: i for i, letter in enumerate(["<eos>", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", model_input_names=["input_ids", "attention_mask"]
-    ).save_pretrained(base)
+    letters = [chr(code) for code in range(32, 127)]
+    model = tiny_neox(vocab_size=300, hidden_size=8, intermediate_size=16, max_position_embeddings=128)
+    half = model.half()  # as Pythia is on the Hub
+    base = write_base_of_words(tmp_path / "base", half, letters, Split("", "isolated"))
     run = change_settings(write_tiny_run(tmp_path / "run", layers=range(3)), base=str(base))
     return run, base
 
@@ -472,7 +461,7 @@ def test_the_snippets_run_as_printed(
 
 
 def test_the_published_card_is_valid_and_runs_as_printed(
-    spliced: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fork_server: ForkServer, spliced: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Set and base both on the Hub, and a reader who has nothing but torch, transformers and the card."""
     run, base = spliced
@@ -481,9 +470,7 @@ def test_the_published_card_is_valid_and_runs_as_printed(
     reader.mkdir()
     with HubServer(tmp_path / "hub") as hub:
         hub.put("tester/tiny-neox", {path.name: path for path in base.iterdir()})
-        command = [sys.executable, ROOT / "upload" / "publish.py", run, "--repo_id", "tester/set"]
-        environment = hub.environment(tmp_path / "publisher", token=hub.token)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = Publisher(fork_server, hub, tmp_path / "publisher").command(run, "--repo_id", "tester/set")
         assert done.returncode == 0, done.stderr[-4000:]
 
         readme = copy_repository(hub, "tester/set", tmp_path / "clone") / "README.md"

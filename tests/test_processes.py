@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -13,16 +14,14 @@ import pytest
 import torch
 import yaml
 from fitting import (
-    DEADLINE,
-    Finished,
     TinyFit,
     assert_loads,
     assert_same_layers,
     checkpoints,
     layers,
     partial,
-    wait_until,
 )
+from forking import DEADLINE, Finished, wait_until
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,9 +32,10 @@ LOST = (
 )
 
 
-def run_processes(tiny_fit: TinyFit, count: int, run: Path, *flags: object, **settings: object) -> list[Finished]:
-    fits = tiny_fit.server.start_processes(count, tiny_fit.flags(run, *flags), **settings)
-    return [fit.wait() for fit in fits]
+def run_processes(
+    tiny_fit: TinyFit, count: int, run: Path, *flags: object, sabotage: Sequence[object] = ()
+) -> list[Finished]:
+    return [fit.wait() for fit in tiny_fit.start_processes(count, run, *flags, sabotage=sabotage)]
 
 
 def assert_close_layers(run: Path, reference: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tiny_fit: TinyFit, t
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     assert [finished.returncode for finished in run_processes(tiny_fit, 2, undisturbed)] == [0, 0]
 
-    fits = tiny_fit.server.start_processes(2, tiny_fit.flags(run))
+    fits = tiny_fit.start_processes(2, run)
     wait_until(lambda: checkpoints(run)[-1:] > [4])
     fits[lost].kill()
     survivor = fits[1 - lost].wait()
@@ -87,7 +87,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tiny_fit: TinyFit, t
 
 def test_asking_one_process_to_stop_stops_all_and_one_can_go_on(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fits = tiny_fit.server.start_processes(2, tiny_fit.flags(run))
+    fits = tiny_fit.start_processes(2, run)
     wait_until(lambda: checkpoints(run)[-1:] > [0])
     fits[1].kill(signal.SIGTERM)
     stopped = [fit.wait() for fit in fits]

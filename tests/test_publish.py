@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +21,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hub_server import Fault, HubServer, copy_repository
+from forking import ForkServer
+from hub_http import Fault
+from hub_server import HubServer, copy_repository
 from huggingface_hub import HfApi, ModelCard
-from publishing import Publisher, send, start_forkserver
+from loading import load_in_fresh_process, saved_output
+from publishing import Publisher
 from safetensors.torch import load_file, save_file
-from test_hub_loading import load_in_fresh_process, saved_output
 from tiny_run import write_tiny_run
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.upload.hub import HubRepository, XetError, compare
+from bilinear_tc.upload.hub import HubRepository, XetError
 from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
 from bilinear_tc.upload.results import read_results
@@ -39,11 +39,6 @@ from bilinear_tc.upload.results import read_results
 REPO = "tester/set"
 OVER = {"dirs_exist_ok": True}
 LAYER_FILES = {"config.json", "model.safetensors", "config.yaml", "history.parquet"}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _forkserver(tmp_path_factory: pytest.TempPathFactory) -> None:
-    start_forkserver(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
@@ -54,8 +49,8 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def publisher(hub: HubServer, tmp_path: Path) -> Publisher:
-    return Publisher(hub, tmp_path / "home")
+def publisher(fork_server: ForkServer, hub: HubServer, tmp_path: Path) -> Publisher:
+    return Publisher(fork_server, hub, tmp_path / "home")
 
 
 @pytest.fixture
@@ -273,7 +268,7 @@ def test_a_tag_in_use_is_refused_before_anything_is_sent(
 def test_a_dry_run_writes_the_folder_and_sends_nothing(hub: HubServer, publisher: Publisher, run: Path) -> None:
     foreign = {"layer_7/model.safetensors": b"old", "layer_7/notes.txt": b"ours", "recipe.yaml": b"old: true\n"}
     hub.put(REPO, foreign)
-    done = Publisher(hub, publisher.home, token="").command(run, "--repo_id", REPO, "--dry_run")
+    done = Publisher(publisher.server, hub, publisher.home, token="").command(run, "--repo_id", REPO, "--dry_run")
     assert done.returncode == 0, done.output
     assert changing(hub.requests) == []
     lines = {line.split()[-1]: line for line in done.stdout.splitlines() if line[:2] in ("+ ", "~ ", "= ", "- ")}
@@ -293,7 +288,7 @@ def listed(output: str) -> set[str]:
 def test_a_dry_run_offline_lists_the_files_and_says_why_they_are_not_compared(
     hub: HubServer, publisher: Publisher, run: Path
 ) -> None:
-    offline = Publisher(hub, publisher.home, HF_HUB_OFFLINE="1")
+    offline = Publisher(publisher.server, hub, publisher.home, HF_HUB_OFFLINE="1")
     started = time.monotonic()
     done = offline.command(run, "--repo_id", REPO, "--dry_run")
     assert done.returncode == 0, done.output
@@ -320,21 +315,6 @@ def test_a_dry_run_lists_the_files_where_the_hub_gives_no_answer(
     assert len(hub.requests) == 2
 
 
-def test_files_go_by_xet_where_the_hub_has_it_and_else_as_streams(hub: HubServer, run: Path) -> None:
-    hub.create(REPO)
-    repository = HubRepository(REPO)
-    repository.api = HfApi(endpoint=hub.url, token=hub.token)
-    local = list_files(run)
-    changes = compare(local, {})
-    kinds = {}
-    for hub.has_xet in (False, True):
-        with pytest.MonkeyPatch.context() as patch, ExitStack() as opened:
-            patch.setenv("HF_TOKEN", hub.token)
-            additions = repository._additions(local, changes, opened, create_pr=False)
-            kinds[hub.has_xet] = {type(addition.path_or_fileobj).__name__ for addition in additions}
-    assert kinds == {False: {"BufferedReader"}, True: {"str"}}
-
-
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -352,12 +332,15 @@ def test_what_xet_storage_says_is_explained_like_what_the_hub_says(error: Except
     assert sentence in HubRepository(REPO).explain(XetError(error))
 
 
-def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(hub: HubServer, run: Path, tmp_path: Path) -> None:
+def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(
+    fork_server: ForkServer, hub: HubServer, run: Path, tmp_path: Path
+) -> None:
+    """What hf_xet sends to the storage host is answered by 404."""
     pytest.importorskip("hf_xet")
     build_repository(run, run / "repository", check_run(run), repo_id=REPO)
     hub.create(REPO)
-    hub.has_xet = True  # and no storage: what hf_xet sends there is answered by 404
-    publisher, settings = Publisher(hub, tmp_path / "home"), Publication(repo_id=REPO)
+    publisher = Publisher(fork_server, hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
+    settings = Publication(repo_id=REPO)
     failed = publisher.send(run, settings)
     assert failed.returncode == 1
     sentence = failed.stderr.splitlines()[-1]  # below the progress bars
@@ -366,15 +349,12 @@ def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(hub: HubServer
     before = len(hub.requests)
     tokens = f"GET /api/models/{REPO}/xet-write-token/main"
 
-    def refuse_hf_xet() -> int | None:  # the first such request asks whether the Hub has Xet storage
-        return 403 if hub.requests[-1] == tokens and hub.requests[before:].count(tokens) > 1 else None
-
-    hub.fail(1, refuse_hf_xet, times=1000)
+    hub.fail(1, lambda: 403 if hub.requests[-1] == tokens else None, times=1000)
     refused = publisher.send(run, settings)
     assert refused.returncode == 1
     sentence = refused.stderr.splitlines()[-1]
     assert re.fullmatch(r"error: the token may not write to tester/set \(403\): .*", sentence), refused.stderr
-    assert hub.requests[before:].count(tokens) == 2
+    assert hub.requests[before:].count(tokens) == 1
     assert published(hub) == {}
 
 
@@ -551,10 +531,10 @@ def test_a_base_that_cannot_be_asked_for_its_layers_is_said(run: Path, capsys: p
     ],
 )
 def test_a_refusal_is_one_sentence_with_the_remedy(
-    hub: HubServer, run: Path, tmp_path: Path, flags: list[str], token: str, words: list[str]
+    publisher: Publisher, hub: HubServer, run: Path, flags: list[str], token: str, words: list[str]
 ) -> None:
     hub.create("tester/public")
-    done = Publisher(hub, tmp_path / "home", token=token).command(run, *flags)
+    done = Publisher(publisher.server, hub, publisher.home, token=token).command(run, *flags)
     assert done.returncode == 1
     sentence = done.stderr.strip()
     assert sentence.startswith("error: ")
@@ -584,8 +564,8 @@ def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub: HubServer, p
 class Update:
     """The update of an old set on the Hub by a new one, to be disturbed; each case has a Hub of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, server: ForkServer) -> None:
+        self.folder, self.server = folder, server
         self.old = write_tiny_run(folder / "old", layers=(0, 1), steps=3, seed=1)
         self.new = write_tiny_run(folder / "new", layers=(0,), steps=3, seed=2)
         for run in (self.old, self.new):
@@ -600,11 +580,14 @@ class Update:
         hub.put(REPO, files)
         return hub
 
+    def publisher(self, hub: HubServer, home: str) -> Publisher:
+        return Publisher(self.server, hub, self.folder / home)
+
     @cached_property
     def requests(self) -> list[str]:
         """What an undisturbed publication asks the Hub."""
         with self.hub("reference") as hub:
-            done = Publisher(hub, self.folder / "reference-home").send(self.new, self.settings)
+            done = self.publisher(hub, "reference-home").send(self.new, self.settings)
             assert done.returncode == 0, done.output
             assert published(hub) == self.sets[1]
             return hub.requests
@@ -613,8 +596,8 @@ class Update:
 class FirstPublication(Update):
     """The same on a Hub that has no such repository yet."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, server: ForkServer) -> None:
+        super().__init__(folder, server)
         self.sets[0] = {}
         self.commits = 2
 
@@ -623,13 +606,15 @@ class FirstPublication(Update):
 
 
 @pytest.fixture(scope="module")
-def update(tmp_path_factory: pytest.TempPathFactory) -> Update:
-    return Update(tmp_path_factory.mktemp("update"))
+def update(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Update:
+    return Update(tmp_path_factory.mktemp("update"), fork_server)
 
 
 @pytest.fixture(scope="module", params=[Update, FirstPublication])
-def publication(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Update:
-    return request.param(tmp_path_factory.mktemp(request.param.__name__))
+def publication(
+    request: pytest.FixtureRequest, fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Update:
+    return request.param(tmp_path_factory.mktemp(request.param.__name__), fork_server)
 
 
 def at_every_request(publication: Update, case: Callable[[int], None], *, changing_only: bool = False) -> None:
@@ -652,8 +637,7 @@ def test_a_failure_at_any_request_is_overcome(publication: Update, fault: Fault)
     def case(nth: int) -> None:
         with publication.hub(f"{fault}-{nth}") as hub:
             hub.fail(nth, fault)
-            publisher = Publisher(hub, publication.folder / f"{fault}-{nth}-home")
-            done = publisher.send(publication.new, publication.settings)
+            done = publication.publisher(hub, f"{fault}-{nth}-home").send(publication.new, publication.settings)
             assert done.returncode == 0, (nth, hub.requests[nth - 1], done.output)
             assert published(hub) == publication.sets[1]
             assert commits(hub) == publication.commits, (nth, hub.requests[nth - 1])
@@ -668,20 +652,19 @@ def test_a_kill_at_any_request_leaves_a_whole_set_and_the_next_run_completes_it(
 ) -> None:
     def case(nth: int) -> None:
         with publication.hub(f"kill-{moment}-{nth}") as hub:
-            publisher = Publisher(hub, publication.folder / f"kill-{moment}-{nth}-home")
+            publisher = publication.publisher(hub, f"kill-{moment}-{nth}-home")
             started = threading.Event()
 
             def kill() -> str:
                 started.wait()
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 return "drop" if moment == "before" else "lost"
 
             hub.fail(nth, kill)
-            process = publisher.start(send, publication.new, publication.settings)
+            process = publisher.start_sending(publication.new, publication.settings)
             started.set()
-            killed = publisher.finish(process)
-            # 255: multiprocessing knows that the process died and not of what
-            assert killed.returncode in (-signal.SIGKILL, 255), (nth, hub.requests, killed.output)
+            killed = process.wait()
+            assert killed.returncode == -signal.SIGKILL, (nth, hub.requests, killed.output)
             assert published(hub) in publication.sets
             again = publisher.send(publication.new, publication.settings)
             assert again.returncode == 0, (nth, hub.requests, again.output)
@@ -703,7 +686,7 @@ def test_lost_answers_while_making_a_repository_a_branch_and_a_tag_are_overcome(
 
         hub.fail(1, lose_once, times=1000)
         settings = replace(update.settings, revision="next", tag="v1")
-        done = Publisher(hub, update.folder / "making-home").send(update.new, settings)
+        done = update.publisher(hub, "making-home").send(update.new, settings)
         assert done.returncode == 0, done.output
         assert len(lost) == 3
         assert published(hub, "next") == published(hub, "v1") == update.sets[1]
@@ -719,7 +702,7 @@ def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(upda
             return "lost" if "/commit/" in hub.requests[-1] else None
 
         hub.fail(1, lose_commit, times=1000)
-        done = Publisher(hub, update.folder / "lost-pr-home").send(update.new, settings)
+        done = update.publisher(hub, "lost-pr-home").send(update.new, settings)
         assert done.returncode == 0, done.output
         assert f"{hub.url}/{REPO}/discussions/1" in done.stdout
         assert [ref for ref in hub.repo(REPO).refs if ref.startswith("refs/pr/")] == ["refs/pr/1"]
@@ -730,12 +713,12 @@ def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(upda
 def test_a_hub_that_stays_down_ends_the_command_in_one_sentence(update: Update, fault: Fault) -> None:
     with update.hub(f"down-{fault}") as hub:
         hub.fail(1, fault, times=1000)
-        done = Publisher(hub, update.folder / f"down-{fault}-home").send(update.new, update.settings)
+        done = update.publisher(hub, f"down-{fault}-home").send(update.new, update.settings)
         assert done.returncode == 1
         assert re.fullmatch(r"error: the .*failed 5 times.*run the command again.*\n", done.stderr), done.stderr
         assert len(hub.requests) == 5
         assert published(hub) == update.sets[0]
         hub.heal()
-        again = Publisher(hub, update.folder / f"up-{fault}-home").send(update.new, update.settings)
+        again = update.publisher(hub, f"up-{fault}-home").send(update.new, update.settings)
         assert again.returncode == 0, again.output
         assert published(hub) == update.sets[1]

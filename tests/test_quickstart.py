@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from loading import load_in_fresh_process
+from quickstart import LAYERS, REPOSITORY
 from safetensors.torch import load_file
-from test_hub_loading import load_in_fresh_process
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,8 +23,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.recipe import Recipe, parse_recipe, read_settings
 from bilinear_tc.train.text.documents import python_stdlib_files
 
-BASE = Path(__file__).resolve().parent.parent / "train" / "quickstart"
-LAYERS = range(6)
+BASE = REPOSITORY / "train" / "quickstart"
 
 
 @pytest.fixture(scope="module")

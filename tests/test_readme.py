@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICKSTART_COMMAND
+from quickstart import COMMAND, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
@@ -42,7 +41,7 @@ def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
 def test_the_tests_run_the_readmes_quickstart_command():
     commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
     set_up = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/"
-    assert commands[0] == set_up + QUICKSTART_COMMAND
+    assert commands[0] == set_up + COMMAND
 
 
 def test_ci_runs_the_readmes_test_command():

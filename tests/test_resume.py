@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, wait_until, write_text
+from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, write_text
+from forking import wait_until
 
 
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyFit, tmp_path: Path) -> None:

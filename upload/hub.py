@@ -6,8 +6,8 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -15,8 +15,9 @@ from urllib.parse import quote
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import OfflineModeIsEnabled, build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import OfflineModeIsEnabled
 
+from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.upload.repository import LAYOUT, LocalFile
 
 Answer = TypeVar("Answer")
@@ -27,7 +28,7 @@ PASSING = {408, 429, 500, 502, 503, 504}
 NOT_FOUND = (RepositoryNotFoundError, RevisionNotFoundError)
 
 
-class HubRefusal(RuntimeError):
+class HubRefusal(UserError):
     """The Hub, or the way to it, refused: one sentence with the remedy."""
 
 
@@ -39,7 +40,7 @@ class XetError(ConnectionError):
     """An upload to Xet storage failed, whose client raises Python's own errors and tells an HTTP status in words only.
 
     Attributes:
-        status: 401 or 403 where the token was refused, else None.
+        status: 401 or 403 if the token was refused, else None.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -82,7 +83,7 @@ class State:
     revision: str
 
 
-def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
+def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
     """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are."""
     kept = [path for path, file in local.items() if path in remote and remote[path].holds(file)]
     return Changes(
@@ -96,7 +97,7 @@ def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) ->
 class HubRepository:
     """One model repository on the Hub.
 
-    Every call is tried again with growing pauses when the connection drops or the Hub answers 408, 429 or 5xx; any
+    Every call is tried again with growing pauses if the connection drops or the Hub answers 408, 429 or 5xx; any
     other refusal is a HubRefusal.
 
     Args:
@@ -123,13 +124,14 @@ class HubRepository:
         """The answer to a call, tried again while failures may pass.
 
         Raises:
-            HubRefusal: in one sentence, with the remedy; HubUnreachable where there was no answer.
+            HubRefusal: in one sentence, with the remedy; HubUnreachable if there was no answer.
             Exception: of a type in `expect`, as it came; and what has nothing to do with the network.
         """
+        as_they_come: tuple[type[Exception], ...] = (HubRefusal, *expect)
         for attempt in range(1, self.attempts + 1):
             try:
                 return call()
-            except (HubRefusal, *expect):
+            except as_they_come:
                 raise
             except Exception as error:
                 if network_error(error) is None:
@@ -144,7 +146,7 @@ class HubRepository:
         """One sentence on what the Hub (or the way to it) refused, and what to do about it."""
         owner = self.repo_id.split("/")[0]
         status = status_of(error)
-        reason = redacted(" ".join((str(error) or type(error).__name__).split()))
+        reason = redacted(error)
         match status:
             case 401:
                 return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN anew"
@@ -180,7 +182,7 @@ class HubRepository:
         self.ask(self.api.whoami)
 
     def head(self, revision: str | None = None) -> str | None:
-        """The commit that a revision (this one's own, by default) names; None where there is none."""
+        """The commit that a revision (this one's own, by default) names; None if there is none."""
         try:
             name = revision or self.revision
             return self.ask(lambda: self.api.repo_info(self.repo_id, revision=name), expect=NOT_FOUND).sha
@@ -208,7 +210,7 @@ class HubRepository:
     def find_on_branch(self, local: Mapping[str, LocalFile]) -> State | None:
         """The state of the branch, if it holds the set."""
         head = self.head()
-        return self.state(head) if head and not compare(local, self.files(head)) else None
+        return self.state(head) if head and not changes_between(local, self.files(head)) else None
 
     def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
         """The newest pull request, not closed, that grew from `parent` and holds the set."""
@@ -222,22 +224,23 @@ class HubRepository:
             if number in closed:
                 continue
             commit = pull_request.target_commit
-            ancestors = self.ask(lambda commit=commit: self.api.list_repo_commits(self.repo_id, revision=commit))
+            ancestors = self.ask(partial(self.api.list_repo_commits, self.repo_id, revision=commit))
             # one that was merged grew from an older state than the branch is in now
-            if parent in {ancestor.commit_id for ancestor in ancestors} and not compare(local, self.files(commit)):
+            grew_from_parent = parent in {ancestor.commit_id for ancestor in ancestors}
+            if grew_from_parent and not changes_between(local, self.files(commit)):
                 return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}", commit)
         return None
 
     # Writing
 
     def ensure(self, *, private: bool) -> str:
-        """Makes the repository and the branch where they do not exist; returns the commit that the branch is at."""
+        """Makes the repository and the branch if they do not exist; returns the commit that the branch is at."""
         try:
             is_public = not self.ask(lambda: self.api.repo_info(self.repo_id), expect=NOT_FOUND).private
         except NOT_FOUND:
             is_public = None
         if is_public is None:
-            # where it was not asked for, `private` is left to the owner's own default
+            # if it was not asked for, `private` is left to the owner's own default
             self.ask(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
         elif is_public and private:
             raise HubRefusal(
@@ -250,7 +253,10 @@ class HubRepository:
         if self.revision.startswith("refs/"):
             raise HubRefusal(f"{self.repo_id} has no {self.revision}: check --revision")
         self.ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
-        return self.ask(lambda: self.api.repo_info(self.repo_id, revision=self.revision)).sha
+        head = self.head()
+        if head is None:
+            raise HubRefusal(f"the Hub does not show {self.revision} of {self.repo_id} yet: run the command again")
+        return head
 
     def publish(
         self,
@@ -266,44 +272,33 @@ class HubRepository:
         A commit whose answer was lost is found rather than made twice.
 
         Raises:
-            HubRefusal: in one sentence, also where the revision is no longer at `parent`.
+            HubRefusal: in one sentence, also if the revision is no longer at `parent`.
         """
-        with ExitStack() as opened:
-            additions = self._additions(local, changes, opened, create_pr=create_pr)
-            options = {"revision": self.revision, "create_pr": create_pr}
-            self.ask(lambda: self._upload(additions, **options))
-            operations = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in changes.removed)]
-            tried = False
+        additions = [CommitOperationAdd(path, local[path].path) for path in changes.added + changes.replaced]
+        options: dict[str, Any] = {"revision": self.revision, "create_pr": create_pr}
+        self.ask(lambda: self._upload(additions, **options))
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *additions,
+            *(CommitOperationDelete(path, is_folder=False) for path in changes.removed),
+        ]
+        tried = False
 
-            def commit() -> State:
-                nonlocal tried
-                if tried:
-                    made = self.find_pull_request(local, parent) if create_pr else self.find_on_branch(local)
-                    if made:
-                        return made
-                tried = True
-                info = self.api.create_commit(
-                    self.repo_id, operations, commit_message=message, parent_commit=parent, **options
-                )
-                return State(info.oid, info.pr_url, info.oid) if create_pr else self.state(info.oid)
+        def commit() -> State:
+            nonlocal tried
+            if tried:
+                made = self.find_pull_request(local, parent) if create_pr else self.find_on_branch(local)
+                if made:
+                    return made
+            tried = True
+            info = self.api.create_commit(
+                self.repo_id, operations, commit_message=message, parent_commit=parent, **options
+            )
+            return State(info.oid, info.pr_url, info.oid) if create_pr else self.state(info.oid)
 
-            with warnings.catch_warnings():
-                # the histories are meant to lie in a model repository
-                warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-                return self.ask(commit)
-
-    def _additions(
-        self, local: Mapping[str, LocalFile], changes: Changes, opened: ExitStack, *, create_pr: bool
-    ) -> list[CommitOperationAdd]:
-        """The files to upload: as paths, which go by Xet, or opened, which go by plain LFS.
-
-        huggingface_hub takes Xet for every path wherever hf_xet is installed, and asks no Hub whether it has it.
-        """
-        paths = changes.added + changes.replaced
-        if self._has_xet(create_pr=create_pr):
-            return [CommitOperationAdd(path, local[path].path) for path in paths]
-        streams = ((path, opened.enter_context(local[path].path.open("rb"))) for path in paths)
-        return [CommitOperationAdd(path, stream) for path, stream in streams]
+        with warnings.catch_warnings():
+            # the histories are meant to lie in a model repository
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            return self.ask(commit)
 
     def _upload(self, additions: list[CommitOperationAdd], **options: Any) -> None:
         try:
@@ -315,26 +310,11 @@ class HubRepository:
                 raise XetError(error) from error
             raise
 
-    def _has_xet(self, *, create_pr: bool) -> bool:
-        """Whether the Hub hands out access to Xet storage; a mirror or a self-hosted Hub may know only LFS."""
-        revision = None if create_pr else quote(self.revision, safe="")
-        page = f"{self.api.endpoint}/api/models/{self.repo_id}/xet-write-token/{revision}"
-        params = {"create_pr": 1} if create_pr else {}
-
-        def answered() -> bool:
-            response = get_session().get(page, headers=build_hf_headers(), params=params)
-            if response.status_code == 404:
-                return False
-            hf_raise_for_status(response)
-            return True
-
-        return self.ask(answered)
-
     def tag(self, name: str, commit: str, message: str | None) -> None:
         """Gives the commit a tag; nothing happens if it has it.
 
         Raises:
-            HubRefusal: where the tag names another commit.
+            HubRefusal: the tag names another commit.
         """
         self.ask(
             lambda: self.api.create_tag(self.repo_id, tag=name, tag_message=message, revision=commit, exist_ok=True)
@@ -350,7 +330,7 @@ def remote_file(entry: RepoFile) -> RemoteFile:
 
 def network_error(error: BaseException) -> BaseException | None:
     """The Hub's answer, or the failure of the way to it, that an error came from: libraries wrap what went wrong on
-    the wire. None where it came from neither."""
+    the wire. None if it came from neither."""
     step: BaseException | None = error
     while step is not None and not isinstance(step, TRANSPORT_ERRORS):
         step = step.__cause__ or step.__context__
@@ -358,7 +338,7 @@ def network_error(error: BaseException) -> BaseException | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error came from; None where no answer came."""
+    """The HTTP status that an error came from; None if no answer came."""
     failure = network_error(error)
     if isinstance(failure, XetError):
         return failure.status
@@ -381,7 +361,7 @@ def may_pass(error: BaseException) -> bool:
     return is_unanswered(error) and not is_offline(error)
 
 
-def redacted(text: str) -> str:
-    """Text without the token, should an error have quoted it."""
-    token = get_token()
-    return text.replace(token, "***") if token else text
+def redacted(error: BaseException) -> str:
+    """What an error says, in one line, without the token should it quote it."""
+    line, token = one_line(error, most=len(str(error))), get_token()  # not cut short, for a cut may halve the token
+    return line.replace(token, "***") if token else line

@@ -17,7 +17,7 @@ from transformers import AutoModel, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from bilinear_tc.train.command import command_line
-from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, compare
+from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
 from bilinear_tc.upload.repository import (
     DTYPES,
     LocalFile,
@@ -125,7 +125,7 @@ def bring_up_to_date(
 ) -> State:
     """Makes the Hub hold the set, unless it does already."""
     parent = hub.ensure(private=settings.private)
-    changes = compare(local, hub.files(parent))
+    changes = changes_between(local, hub.files(parent))
     state = None if changes else hub.state(parent)
     if changes and settings.create_pr:
         state = hub.find_pull_request(local, parent)
@@ -144,7 +144,7 @@ def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
     """Lists the files with their sizes, and what publishing them would change where the Hub can be asked."""
     try:
         head = hub.head() or hub.head("main")  # where a new branch starts
-        changes = compare(local, hub.files(head) if head else {})
+        changes = changes_between(local, hub.files(head) if head else {})
     except HubUnreachable as error:
         marks, removed = {}, []
         outcome = f"the files were not compared with {hub.repo_id} on the Hub: {error}"
@@ -174,7 +174,7 @@ def verify(
         RuntimeError: where the Hub holds something else than what was sent.
     """
     remote = hub.files(commit)
-    changes = compare(local, remote)
+    changes = changes_between(local, remote)
     wrong = changes.added + changes.replaced + changes.removed
     with tempfile.TemporaryDirectory() as cache:
         small = [path for path in changes.kept if not remote[path].large]
