@@ -184,7 +184,7 @@ def begin(request: dict[str, Any]) -> None:
     """A forked process's life: the script, with its output in files."""
     import sabotage
 
-    from bilinear_tc.train.command import command_line
+    from bilinear_tc.train.errors import command_line
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, end in ((1, ".out"), (2, ".err")):
