@@ -67,7 +67,9 @@ def by_depth(scores: Evaluation) -> str | None:
     if len(fvu) < 6 or len(consecutive(list(fvu))) > 1:
         return None
     thirds = [third.tolist() for third in np.array_split(list(fvu), 3)]
-    means = [f"{format_fvu(fmean(fvu[layer] for layer in third))} over layers {layer_ranges(third)}" for third in thirds]
+    means = [
+        f"{format_fvu(fmean(fvu[layer] for layer in third))} over layers {layer_ranges(third)}" for third in thirds
+    ]
     return f"**By depth**, the mean FVU is {means[0]}, {means[1]} and {means[2]}."
 
 

@@ -95,10 +95,10 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
 
 
-def refusal(read: Callable[[], object]) -> list[str]:
+def refusal(read: Callable[..., object], *arguments: object) -> list[str]:
     """The sentence that reading something of a run is refused with, if it is."""
     try:
-        read()
+        read(*arguments)
     except UserError as error:
         return [str(error)]
     return []
@@ -145,8 +145,8 @@ def layer_problems(run: Run, layer: int) -> Iterator[str]:
             yield from (f"{folder.name}: {problem}" for problem in model_problems(run, layer))
         except Exception as error:  # a damaged file can make its reader fail in any way
             yield f"{folder.name} does not load: {one_line(error)}"
-    yield from refusal(lambda: run.fitted_steps(layer))
-    yield from refusal(lambda: run.history(layer)) or history_problems(run, layer)
+    yield from refusal(run.fitted_steps, layer)
+    yield from refusal(run.history, layer) or history_problems(run, layer)
 
 
 def model_problems(run: Run, layer: int) -> Iterator[str]:
@@ -198,7 +198,7 @@ def score_problems(run: Run) -> Iterator[str]:
     evaluation = None if run.evaluation_problems else run.evaluation
     if evaluation is None or not set(run.layers) <= set(evaluation.layers):
         for layer in run.layers:
-            yield from refusal(lambda layer=layer: run.final_scores(layer))
+            yield from refusal(run.final_scores, layer)
 
 
 def build_repository(
@@ -281,7 +281,9 @@ def saved_dtype(weights: Path) -> torch.dtype:
 def load_layer(run: Run, layer: int, save_dtype: str | None) -> BilinearTC:
     """A layer of the run as it is published."""
     model = run.load(layer)
-    return model if save_dtype is None else model.to(dtype=DTYPES[save_dtype])
+    if save_dtype is not None:
+        torch.nn.Module.to(model, DTYPES[save_dtype])  # in place; transformers' own `to` is not typed
+    return model
 
 
 def link_or_copy(source: Path, target: Path) -> None:
