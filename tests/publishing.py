@@ -19,7 +19,8 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import dynamic_module_utils
 
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload import publish
 from bilinear_tc.upload.hub import HubRepository
 from bilinear_tc.upload.repository import list_files
@@ -102,8 +103,7 @@ def send(run: Path, settings: publish.Publication) -> None:
     """All that the command asks of the Hub, from when it has built the folder."""
     hub = HubRepository(settings.repo_id, settings.revision, first_wait=0.02)
     hub.check_token()
-    layers = sorted(int(folder.name.removeprefix("layer_")) for folder in run.glob("layer_*"))
-    publish.send(hub, settings, run, list_files(run / publish.FOLDER), layers)
+    publish.send(hub, settings, Run(run), list_files(run / publish.FOLDER))
 
 
 def _begin(environment: dict[str, str], out: Path, target: Callable[..., None], arguments: Sequence[Any]) -> None:
