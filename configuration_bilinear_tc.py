@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMS = ("bilinear", "input_sum")
+# Of each form the maps whose outputs are multiplied, and the map of their product; None is the sum of the inputs.
+FORMS: dict[str, tuple[str | None, str, str]] = {
+    "bilinear": ("left", "right", "head"),
+    "input_sum": (None, "W_right", "W_left"),
+}
 
 
 class BilinearTCConfig(PretrainedConfig):
@@ -49,9 +54,9 @@ class BilinearTCConfig(PretrainedConfig):
     ) -> None:
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}.")
-        self.n_inputs = _whole_number("n_inputs", n_inputs, at_least=1)
-        self.n_hidden = _whole_number("n_hidden", n_hidden, at_least=1)
-        self.n_outputs = _whole_number("n_outputs", n_outputs, at_least=1)
+        self.n_inputs: int = _whole_number("n_inputs", n_inputs, at_least=1)
+        self.n_hidden: int = _whole_number("n_hidden", n_hidden, at_least=1)
+        self.n_outputs: int = _whole_number("n_outputs", n_outputs, at_least=1)
         self.bias = bool(bias)
         self.form = form
         self.base_model = base_model
@@ -65,8 +70,37 @@ class BilinearTCConfig(PretrainedConfig):
         # fields that it declares itself.
         return type(other) is type(self) and self.__dict__ == other.__dict__
 
+    @property
+    def factors(self) -> tuple[str | None, str]:
+        """The maps whose outputs are multiplied; None is the sum of the inputs."""
+        return FORMS[self.form][:2]
 
-def _whole_number(name: str, value: int | None, at_least: int) -> int | None:
+    @property
+    def last_map(self) -> str:
+        """The map from the product to the output."""
+        return FORMS[self.form][2]
+
+    @property
+    def maps(self) -> dict[str, tuple[int, int, bool]]:
+        """Width of the input, width of the output and whether there is a bias, of each linear map of the model."""
+        left, right = self.factors
+        maps = {name: (self.n_inputs, self.n_hidden, self.bias and left is not None) for name in (left, right) if name}
+        return {**maps, self.last_map: (self.n_hidden, self.n_outputs, self.bias)}
+
+    @property
+    def formula(self) -> str:
+        """The z-scored output ŷ in terms of the z-scored input x̂, for a reader."""
+        left, right = self.factors
+        product = f"{left}(x̂) ⊙" if left else "(Σᵢ x̂ᵢ) ·"
+        return f"{self.last_map}( {product} {right}(x̂) )"
+
+
+def form_of(maps: Collection[str]) -> str | None:
+    """The form that has maps of these names; None if no form has."""
+    return next((form for form, names in FORMS.items() if set(maps) == {*names} - {None}), None)
+
+
+def _whole_number(name: str, value: int | None, at_least: int) -> Any:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:

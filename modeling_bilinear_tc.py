@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class BilinearTC(PreTrainedModel):
     (n_hidden → n_outputs). The z-score statistics `input_mean`, `input_std` [n_inputs] and `output_mean`,
     `output_std` [n_outputs] are persistent buffers, 0 and 1 in a new model. They stay in float32 (or wider)
     when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input
-    (transformers 4.46 rounds them all the same where it loads in half precision with a `device_map`).
+    (transformers 4.46 rounds them all the same if it loads in half precision with a `device_map`).
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-410m")
@@ -61,22 +61,28 @@ class BilinearTC(PreTrainedModel):
 
     config_class = BilinearTCConfig
     main_input_name = "x"
-    _no_split_modules: ClassVar[list[str]] = ["BilinearTC"]
+    _no_split_modules = ["BilinearTC"]  # noqa: RUF012  (so declared by the base class)
     # transformers 4.46 would otherwise take the dtype of the first tensor, a statistic, for that of all.
     _supports_param_buffer_assignment = False
+
+    config: BilinearTCConfig
+    left: nn.Linear
+    right: nn.Linear
+    head: nn.Linear
+    W_left: nn.Linear
+    W_right: nn.Linear
+    input_mean: Tensor
+    input_std: Tensor
+    output_mean: Tensor
+    output_std: Tensor
 
     def __init__(self, config: BilinearTCConfig) -> None:
         super().__init__(config)
         for name in ("n_inputs", "n_hidden", "n_outputs"):
             if getattr(config, name) is None:
                 raise ValueError(f"A BilinearTC cannot be built without {name}: set it in the BilinearTCConfig.")
-        if config.form == "bilinear":
-            self.left = nn.Linear(config.n_inputs, config.n_hidden, bias=config.bias)
-            self.right = nn.Linear(config.n_inputs, config.n_hidden, bias=config.bias)
-            self.head = nn.Linear(config.n_hidden, config.n_outputs, bias=config.bias)
-        else:
-            self.W_right = nn.Linear(config.n_inputs, config.n_hidden, bias=False)
-            self.W_left = nn.Linear(config.n_hidden, config.n_outputs, bias=config.bias)
+        for name, (inputs, outputs, bias) in config.maps.items():
+            setattr(self, name, nn.Linear(inputs, outputs, bias=bias))
         dtype = _at_least_float32(torch.get_default_dtype())
         self.register_buffer("input_mean", torch.zeros(config.n_inputs, dtype=dtype))
         self.register_buffer("input_std", torch.ones(config.n_inputs, dtype=dtype))
@@ -188,7 +194,7 @@ class BilinearTC(PreTrainedModel):
 
         Its statistics are 0 and 1, so its weights act on raw MLP inputs and outputs. It has biases, and is at least
         in float32. Folded means that are far larger than the standard deviations cost digits: fold a model in
-        float64 where that matters.
+        float64 if that matters.
         """
         config = copy.deepcopy(self.config)
         config.form, config.bias = "bilinear", True
@@ -246,7 +252,7 @@ class BilinearTC(PreTrainedModel):
 
     @property
     def _last_map(self) -> nn.Linear:
-        return self.head if self.config.form == "bilinear" else self.W_left
+        return getattr(self, self.config.last_map)
 
     def _raw_weights(self) -> dict[str, Tensor]:
         """Weights and biases of `folded`, named as its parameters, in float64."""
@@ -315,7 +321,7 @@ class BilinearTC(PreTrainedModel):
         returns."""
         weights = [*mlp.parameters(), *base.parameters()]
         device = torch.device("cpu") if weights[0].is_meta else weights[0].device  # an offloaded MLP's hook moves it
-        dtype = next(w.dtype for w in weights if w.is_floating_point() and w.dtype.itemsize > 1)  # not quantised
+        dtype = next(w.dtype for w in weights if w.is_floating_point() and w.dtype.itemsize > 1)  # not quantized
         zeros = torch.zeros(1, 1, self.config.n_inputs, dtype=dtype, device=device)
         generators = [device] if device.type == "cuda" else []
         try:
@@ -343,7 +349,7 @@ class BilinearTC(PreTrainedModel):
         return tensors[0]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """torch's own initialisation of a Linear, uniform in ±1/√fan_in, and identity statistics; what a checkpoint
+        """torch's own initialization of a Linear, uniform in ±1/√fan_in, and identity statistics; what a checkpoint
         has loaded already is left alone."""
         if isinstance(module, nn.Linear):
             if _is_missing(module.weight):
@@ -378,7 +384,7 @@ def _true_forward(mlp: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def _forward_replaced(mlp: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    forward.true_forward = _true_forward(mlp)
+    vars(forward)["true_forward"] = _true_forward(mlp)
     # A module has a `forward` of its own, beside its class's, where another library or a transcoder has put one.
     previous = vars(mlp).get("forward")
     mlp.forward = forward

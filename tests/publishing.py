@@ -10,6 +10,7 @@ from pathlib import Path
 from forking import Finished, ForkServer, Process
 from hub_server import HubServer
 
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload import publish
 from bilinear_tc.upload.hub import HubRepository
 from bilinear_tc.upload.repository import list_files
@@ -45,5 +46,4 @@ def send() -> None:
     run, settings = Path(sys.argv[1]), publish.Publication(**json.loads(sys.argv[2]))
     hub = HubRepository(settings.repo_id, settings.revision, first_wait=0.02)
     hub.check_token()
-    layers = sorted(int(folder.name.removeprefix("layer_")) for folder in run.glob("layer_*"))
-    publish.send(hub, settings, run, list_files(run / publish.FOLDER), layers)
+    publish.send(hub, settings, Run(run), list_files(run / publish.FOLDER))

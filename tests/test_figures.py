@@ -10,10 +10,16 @@ import pytest
 from matplotlib.image import imread
 from tiny_run import final_fvu, write_tiny_run
 
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.errors import StorageError, UserError, command_line
+from bilinear_tc.train.measuring.evaluation import LossScores
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload import figures
-from bilinear_tc.upload.figures import CURVES, comparison, draw_figures, spread, training_curves, with_gaps
-from bilinear_tc.upload.results import read_history, read_results
+from bilinear_tc.upload.figures import CURVES, FIGURES, comparison, draw_figures, spread, training_curves, with_gaps
+
+
+def draw(run: Path) -> list[Path]:
+    """Draws a run's figures where the command does."""
+    return draw_figures(Run(run), run / FIGURES)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -21,7 +27,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
-    written = draw_figures(write_tiny_run(tmp_path / "run", layers=range(24)))
+    written = draw(write_tiny_run(tmp_path / "run", layers=range(24)))
     assert names(written) == [
         "all_layers_comparison.png",
         "training_curves_overlaid_layers_0_5.png",
@@ -38,7 +44,7 @@ def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
 
 def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(1, 4, 5, 7, 9, 10, 11, 30))
-    assert names(draw_figures(run))[1:] == [
+    assert names(draw(run))[1:] == [
         "training_curves_overlaid_layers_1_10.png",
         "training_curves_overlaid_layers_11_30.png",
     ]
@@ -46,21 +52,21 @@ def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
         for file in (run / f"layer_{layer}").iterdir():
             file.unlink()
         (run / f"layer_{layer}").rmdir()
-    written = draw_figures(run)
+    written = draw(run)
     assert set((run / "figures").iterdir()) == set(written)  # the curves of the layers that left are gone too
     assert names(written)[1:] == ["training_curves_overlaid_layers_1_10.png"]
 
 
 def test_drawing_again_gives_the_same_bytes(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(3))
-    before = [path.read_bytes() for path in draw_figures(run)]
-    assert [path.read_bytes() for path in draw_figures(run)] == before
+    before = [path.read_bytes() for path in draw(run)]
+    assert [path.read_bytes() for path in draw(run)] == before
 
 
 def test_comparison_plots_the_held_out_scores_and_the_affine_maps(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(5))
     evaluation = json.loads((run / "evaluation.json").read_text())["layers"]
-    left, right = comparison(read_results(run)).axes
+    left, right = comparison(Run(run).scores).axes
     plotted = {line.get_label(): line.get_ydata() for line in left.lines}
     fvu = [evaluation[str(layer)]["fvu"] for layer in range(5)]
     affine = np.array([evaluation[str(layer)]["fvu_linear"] for layer in range(5)])
@@ -76,7 +82,7 @@ def test_comparison_plots_the_held_out_scores_and_the_affine_maps(tmp_path: Path
 
 def test_without_an_evaluation_the_last_training_batches_are_plotted(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", steps=80, evaluation=False)
-    left, _ = comparison(read_results(run)).axes
+    left, _ = comparison(Run(run).scores).axes
     history = pq.read_table(run / "layer_1" / "history.parquet")["fvu"].to_pylist()
     assert left.lines[0].get_ydata()[1] == pytest.approx(sum(history[30:]) / 50)
     assert left.get_ylabel() == "Training-batch FVU"
@@ -84,7 +90,7 @@ def test_without_an_evaluation_the_last_training_batches_are_plotted(tmp_path: P
 
 def test_training_curves_are_the_running_mean_of_the_history(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(0, 3), steps=400)
-    histories = {layer: read_history(run / f"layer_{layer}") for layer in (0, 3)}
+    histories = {layer: Run(run).history(layer) for layer in (0, 3)}
     (axes,) = training_curves(histories).axes
     assert axes.get_yscale() == "log"
     for line, history in zip(axes.lines, histories.values(), strict=True):
@@ -96,13 +102,13 @@ def test_training_curves_are_the_running_mean_of_the_history(tmp_path: Path) -> 
 
 
 def test_a_fit_of_no_steps_has_no_training_curves(tmp_path: Path) -> None:
-    assert names(draw_figures(write_tiny_run(tmp_path / "run", steps=0))) == ["all_layers_comparison.png"]
+    assert names(draw(write_tiny_run(tmp_path / "run", steps=0))) == ["all_layers_comparison.png"]
     run = write_tiny_run(tmp_path / "blind", steps=0, evaluation=False)
-    with pytest.raises(ValueError, match=r"neither held-out scores nor a training history.*evaluate"):
-        draw_figures(run)
+    with pytest.raises(UserError, match=r"neither held-out scores nor a training history.*evaluate"):
+        draw(run)
 
 
-def test_curves_differ_without_their_colours() -> None:
+def test_curves_differ_without_their_colors() -> None:
     looks = {(str(c["linestyle"]), c["marker"]) for c in CURVES}
     assert len({marker for _, marker in looks}) == len(CURVES) == figures.LAYERS_A_FIGURE
     neighbours = [(c["linestyle"], "markerfacecolor" in c) for c in CURVES]
@@ -146,16 +152,16 @@ def test_labels_move_apart_as_little_as_possible() -> None:
 def test_evaluation_of_other_layers_only_is_not_used(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(4), steps=3)
     evaluation = json.loads((run / "evaluation.json").read_text())
-    full = read_results(run)
+    full = Run(run).scores
     assert full.held_out
     assert full.values("fvu") == {layer: final_fvu(layer) for layer in range(4)}
-    assert full.all_layers == evaluation["all_layers"]
+    assert full.all_layers == LossScores(**evaluation["all_layers"])
     evaluation["layers"]["7"] = evaluation["layers"]["3"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    assert read_results(run).all_layers == {}  # it is about five layers, and four are here
+    assert Run(run).scores.all_layers is None  # it is about five layers, and four are here
     del evaluation["layers"]["2"]
     (run / "evaluation.json").write_text(json.dumps(evaluation))
-    assert not read_results(run).held_out
+    assert not Run(run).scores.held_out
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,14 @@ def test_evaluation_of_other_layers_only_is_not_used(tmp_path: Path) -> None:
     [
         ("layer_1/history.parquet", b"PAR1 no", "not a history"),
         ("evaluation.json", b"{", "not readable JSON"),
-        ("recipe.yaml", b"a: [", "not readable YAML"),
+        ("recipe.yaml", b"a: [", "not readable as YAML"),
     ],
 )
 def test_unreadable_files_are_named(tmp_path: Path, broken: str, content: bytes, message: str) -> None:
     run = write_tiny_run(tmp_path / "run", evaluation=broken == "evaluation.json")
     (run / broken).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        draw_figures(run)
+    with pytest.raises(UserError, match=message) as caught:
+        draw(run)
     assert str(run / broken) in str(caught.value)
 
 
@@ -186,3 +192,11 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "layer_*" in error
+
+
+def test_a_folder_that_cannot_be_written_ends_in_a_sentence(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run")
+    (run / FIGURES).touch()  # a file in its place
+    with pytest.raises(StorageError, match=r"figures cannot be written .*: make room on the disk"):
+        draw(run)
+    assert sorted(path.name for path in run.glob(".*")) == []

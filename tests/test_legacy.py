@@ -26,10 +26,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import AutoModel, GPTNeoXForCausalLM
 
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.recipe import Recipe, read_settings
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload import legacy
-from bilinear_tc.upload.figures import draw_figures
+from bilinear_tc.upload.figures import FIGURES, draw_figures
 from bilinear_tc.upload.legacy import ImportSettings, export_checkpoint, export_run, import_checkpoints
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.pt_checkpoint import read_checkpoint
@@ -185,8 +186,8 @@ def test_import_writes_a_run_that_can_be_published(tmp_path: Path, base: Path, t
     assert described["imported"]["checkpoint"] == f"transcoder_weights_l2_bilinear_muon_{STEPS}b.pt"
     assert described["imported"]["statistics_tokens"] == SEQ_LEN * 6 * 4
     assert not list(run.parent.glob(".run*"))
-    draw_figures(run)
-    card = write_model_card(run, repo_id="you/old", author=None).read_text()
+    draw_figures(Run(run), run / FIGURES)
+    card = write_model_card(Run(run), run, repo_id="you/old", author=None).read_text()
     assert "imported" in card
     assert "learning rate" not in card
     assert "padding counted like text" in card
@@ -276,7 +277,7 @@ def test_a_pickle_that_wants_anything_else_is_refused_and_runs_nothing(tmp_path:
     marker, path = tmp_path / "marker", tmp_path / "layer_0" / "a.pt"
     save(attacks(marker)[attack], path)
     allowed = torch.serialization.get_safe_globals()
-    with pytest.raises(ValueError, match=r"is refused, and nothing in it was run") as caught:
+    with pytest.raises(UserError, match=r"is refused, and nothing in it was run") as caught:
         read_checkpoint(path)
     assert str(path) in str(caught.value)
     assert not marker.exists()
@@ -291,7 +292,7 @@ def test_what_other_libraries_allow_is_not_allowed_here(tmp_path: Path) -> None:
     try:
         torch.save(original(0) | {"config": {}, "extra": Harmless()}, tmp_path / "a.pt")
         torch.load(tmp_path / "a.pt", weights_only=True)
-        with pytest.raises(ValueError, match=r"asks for .*Harmless"):
+        with pytest.raises(UserError, match=r"asks for .*Harmless"):
             read_checkpoint(tmp_path / "a.pt")
     finally:
         before = set(torch.serialization.get_safe_globals()) - {Harmless}
@@ -301,7 +302,7 @@ def test_what_other_libraries_allow_is_not_allowed_here(tmp_path: Path) -> None:
 
 def test_the_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
     save(attacks(tmp_path / "marker")["beside it"], tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"asks for (posix|nt)\.system"):
+    with pytest.raises(UserError, match=r"asks for (posix|nt)\.system"):
         read_checkpoint(tmp_path / "a.pt")
 
 
@@ -317,27 +318,27 @@ def test_the_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
 )
 def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path: Path, change: dict, message: str) -> None:
     save(original(0) | change, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_checkpoint(tmp_path / "a.pt")
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="cannot be read as a torch checkpoint"):
+    with pytest.raises(UserError, match="cannot be read as a torch checkpoint"):
         read_checkpoint(tmp_path / "a.pt")
     with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
         archive.writestr("b/data.pkl", b"\x80\x02garbage")
-    with pytest.raises(ValueError, match="no readable pickle"):
+    with pytest.raises(UserError, match="no readable pickle"):
         read_checkpoint(tmp_path / "b.pt")
     torch.save([1, 2], tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="not a transcoder's checkpoint"):
+    with pytest.raises(UserError, match="not a transcoder's checkpoint"):
         read_checkpoint(tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("form", ["bilinear", "input_sum"])
 def test_importing_an_export_gives_the_run_back_to_the_byte(tmp_path: Path, form: str) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(0, 3), form=form)
-    export_run(run, tmp_path / "exported")
+    export_run(Run(run), tmp_path / "exported")
     back = import_checkpoints(tmp_path / "exported", tmp_path / "back", ImportSettings())
     files = [p.relative_to(run) for p in run.rglob("*") if p.is_file() and "checkpoints" not in p.parts]
     assert len(files) == 2 * 4 + 4
@@ -348,7 +349,7 @@ def test_importing_an_export_gives_the_run_back_to_the_byte(tmp_path: Path, form
 
 def test_an_exported_file_alone_keeps_its_layer_whole(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(4,))
-    export_checkpoint(run, 4, tmp_path / "alone")
+    export_checkpoint(Run(run), 4, tmp_path / "alone")
     back = import_checkpoints(tmp_path / "alone", tmp_path / "back", ImportSettings())
     for name in ("model.safetensors", "config.json", "config.yaml", "history.parquet"):
         assert filecmp.cmp(run / "layer_4" / name, back / "layer_4" / name, shallow=False), name
@@ -362,14 +363,14 @@ def test_half_precision_weights_survive_the_round_trip(tmp_path: Path) -> None:
     model.save_pretrained(run / "layer_0")
     (run / "layer_0" / "modeling_bilinear_tc.py").unlink(missing_ok=True)
     (run / "layer_0" / "configuration_bilinear_tc.py").unlink(missing_ok=True)
-    export_run(run, tmp_path / "exported")
+    export_run(Run(run), tmp_path / "exported")
     back = import_checkpoints(tmp_path / "exported", tmp_path / "back", ImportSettings())
     assert filecmp.cmp(run / "layer_0/model.safetensors", back / "layer_0/model.safetensors", shallow=False)
 
 
 def test_readers_of_the_earlier_card_can_load_an_export(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(3,), form="input_sum", steps=6)
-    path = export_checkpoint(run, 3, run / "layer_3")
+    path = export_checkpoint(Run(run), 3, run / "layer_3")
     assert path == run / "layer_3" / "transcoder_weights_l3_bilinear_muon_6b.pt"
     checkpoint = torch.load(path)  # its default: weights only, no class of any module
     keys = ["model_state_dict", "optimizer_state_dict", "config", "mse_losses", "variance_explained", "fvu_values"]
@@ -399,19 +400,19 @@ def test_readers_of_the_earlier_card_can_load_an_export(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said_before_any_work(tmp_path: Path, base: Path, text: Path) -> None:
     folder = save_originals(tmp_path / "originals", layers=(0,))
-    with pytest.raises(ValueError, match=r"--base and --dataset"):
+    with pytest.raises(UserError, match=r"--base and --dataset"):
         import_checkpoints(folder, tmp_path / "run", ImportSettings(base=str(base)))
-    with pytest.raises(ValueError, match="calibration_tokens must be at least 1"):
+    with pytest.raises(UserError, match="calibration_tokens must be at least 1"):
         ImportSettings(calibration_tokens=0)
-    with pytest.raises(ValueError, match="holds no checkpoints"):
+    with pytest.raises(UserError, match="holds no checkpoints"):
         import_checkpoints(tmp_path, tmp_path / "run", settings(base, text))
     save(original(0), folder / "again.pt")
-    with pytest.raises(ValueError, match="both of layer 0"):
+    with pytest.raises(UserError, match="both of layer 0"):
         import_checkpoints(folder, tmp_path / "run", settings(base, text))
     (folder / "again.pt").unlink()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         import_checkpoints(folder, tmp_path / "taken", settings(base, text))
     save(original(9), folder / "layer_9" / "a.pt")
     with pytest.raises(ValueError, match="layers 0 to 2"):
@@ -428,7 +429,7 @@ def test_a_base_of_another_width_is_refused(tmp_path: Path, base: Path, text: Pa
     }
     content["config"] = {"n_inputs": 12}
     save(content, tmp_path / "originals" / "a.pt")
-    with pytest.raises(ValueError, match=rf"maps width 12 to 12, the MLPs of .* {WIDTH} to {WIDTH}"):
+    with pytest.raises(UserError, match=rf"maps width 12 to 12, the MLPs of .* {WIDTH} to {WIDTH}"):
         import_checkpoints(tmp_path / "originals", tmp_path / "run", settings(base, text))
 
 

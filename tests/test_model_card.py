@@ -21,12 +21,15 @@ from tiny_run import final_fvu, write_tiny_run
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.upload.figures import draw_figures
-from bilinear_tc.upload.findings import findings, format_fvu, format_nats, layer_ranges, like_layers
+from bilinear_tc.train.run import Run
+from bilinear_tc.upload.figures import FIGURES, draw_figures
+from bilinear_tc.upload.findings import findings
 from bilinear_tc.upload.legacy import export_run
-from bilinear_tc.upload.model_card import check_card, format_duration, relative_links, write_model_card
-from bilinear_tc.upload.results import Results, read_results
+from bilinear_tc.upload.model_card import check_card, relative_links, write_model_card
+from bilinear_tc.upload.tables import format_duration, format_fvu, format_nats, layer_ranges, like_layers
 
 SECTIONS = [
     "Overview",
@@ -39,7 +42,7 @@ SECTIONS = [
     "Key findings",
     "Limits",
     "Citation",
-    "Licence",
+    "License",
     "Acknowledgments",
 ]
 # The scores on the earlier set's card; where it gives a range, its ends and values between them.
@@ -77,7 +80,8 @@ def pythia_run(folder: Path, **kwargs: Any) -> Path:
 
 
 def write(run: Path, repo_id: str | None = "you/name", author: str | None = "A. Thor") -> str:
-    return write_model_card(run, repo_id=repo_id, author=author).read_text(encoding="utf-8")
+    """The card that a run's folder gets."""
+    return write_model_card(Run(run), run, repo_id=repo_id, author=author).read_text(encoding="utf-8")
 
 
 def section(card: str, name: str) -> str:
@@ -143,7 +147,7 @@ def test_groups_are_cut_at_missing_layers_and_at_a_factor_of_two() -> None:
 
 def test_every_relative_link_and_image_exists(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(8))
-    draw_figures(run)
+    draw_figures(Run(run), run / FIGURES)
     card = write(run)
     links = relative_links(card)
     assert sorted(links) == sorted(
@@ -158,9 +162,9 @@ def test_every_relative_link_and_image_exists(tmp_path: Path) -> None:
     for alt in re.findall(r"!\[(.*)\]\(", card):
         assert len(alt.split()) > 12  # says what the figure shows
     (run / "recipe.yaml").unlink()
-    with pytest.raises(ValueError, match=r"links to recipe\.yaml"):
+    with pytest.raises(UserError, match=r"links to recipe\.yaml"):
         check_card(card, run)
-    with pytest.raises(ValueError, match="not a Hub id"):
+    with pytest.raises(UserError, match="not a Hub id"):
         check_card(card.replace("license: mit", "license: mit\nbase_model: /home/me/base"), run)
 
 
@@ -200,7 +204,7 @@ def test_the_earlier_card_is_quoted_for_its_base_only(tmp_path: Path) -> None:
 
 def test_the_earlier_cards_sentences_are_not_reused(tmp_path: Path) -> None:
     run = pythia_run(tmp_path / "run", layers=range(24))
-    export_run(run, None)
+    export_run(Run(run), None)
     words = re.findall(r"\w+", re.sub(r"```.*?```", "", write(run), flags=re.DOTALL))
     text = " ".join(words).lower()
     for sentence in (
@@ -265,7 +269,7 @@ def test_a_local_dataset_has_no_link(tmp_path: Path) -> None:
 )
 def test_the_bases_family_is_a_tag(tmp_path: Path, name: str, family: str) -> None:
     run = change_settings(write_tiny_run(tmp_path / "run", layers=(0,)), base=name)
-    data = ModelCard(write_model_card(run, repo_id=None, author=None).read_text()).data
+    data = ModelCard(write_model_card(Run(run), run, repo_id=None, author=None).read_text()).data
     assert data.tags[3] == family
     assert data.base_model == name
 
@@ -311,7 +315,7 @@ def test_training_details_are_those_recorded(tmp_path: Path) -> None:
     assert rows["Device"] == "2 × NVIDIA H100, computing in bfloat16"
     assert rows["Batch"] == "32 sequences of 128 tokens (4,096 rows)"
     assert rows["Tokens"] == "20,480"
-    assert rows["Optimiser"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.02")
+    assert rows["Optimizer"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.02")
     unmeasured = dict(table(section(write(change_settings_fit(run, {"steps": 5})), "Training details"), "Setting"))
     assert not {"Wall time", "Device", "Software"} & set(unmeasured)
 
@@ -329,7 +333,7 @@ def test_every_optimizer_of_a_recipe_has_a_name(tmp_path: Path, optimizer: str, 
     assert set(choices) == {"muon", "normuon", "adamw"}  # a new one wants a name in the card
     run = change_settings(write_tiny_run(tmp_path / "run", layers=(0,)), optimizer=optimizer)
     rows = dict(table(section(write(run), "Training details"), "Setting"))
-    assert rows["Optimiser"].startswith(words)
+    assert rows["Optimizer"].startswith(words)
 
 
 def change_settings_fit(run: Path, fit: dict[str, Any]) -> Path:
@@ -351,7 +355,7 @@ def test_durations_are_in_the_unit_one_would_say() -> None:
 def test_pt_checkpoints_are_described_where_they_are(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", steps=4)
     assert "model_state_dict" not in write(run)
-    export_run(run, None)
+    export_run(Run(run), None)
     card = write(run)
     contents = section(card, "Checkpoint contents")
     assert "transcoder_weights_l0_bilinear_muon_4b.pt" in contents
@@ -361,16 +365,16 @@ def test_pt_checkpoints_are_described_where_they_are(tmp_path: Path) -> None:
     assert "transcoder_weights_l0_bilinear_muon_4b.pt" in section(card, "Repository structure")
 
 
-def results(fvu: list[float], **scores: list[float]) -> Results:
+def measured(fvu: list[float], **others: list[float]) -> Evaluation:
     layers = {
-        layer: {"fvu": value, "variance_explained": 1 - value} | {k: v[layer] for k, v in scores.items()}
+        layer: LayerScores(fvu=value, variance_explained=1 - value, **{name: v[layer] for name, v in others.items()})
         for layer, value in enumerate(fvu)
     }
-    return Results(True, layers, {}, "text", "validation", 100, 3.0)
+    return Evaluation(layers=layers, dataset="text", split="validation", tokens=100, base_ce=3.0)
 
 
 def test_findings_follow_from_the_numbers() -> None:
-    sentences = findings(results([0.2, 0.1, 0.4, 0.3, 0.3, 0.3], fvu_linear=[0.4, 0.3, 0.6, 0.6, 0.8, 0.6]))
+    sentences = findings(measured([0.2, 0.1, 0.4, 0.3, 0.3, 0.3], fvu_linear=[0.4, 0.3, 0.6, 0.6, 0.8, 0.6]))
     assert "Layer 1 is the easiest" in sentences[0]
     assert "layer 2 the hardest" in sentences[0]
     assert "4.0 times as much" in sentences[0]
@@ -382,17 +386,17 @@ def test_findings_follow_from_the_numbers() -> None:
 
 
 def test_findings_own_up_to_layers_where_a_line_does_as_well() -> None:
-    assert "as good or better at layers 0" in findings(results([0.3, 0.1], fvu_linear=[0.2, 0.3]))[-1]
-    worse = findings(results([0.3, 0.3], fvu_linear=[0.2, 0.2]))[-1]
+    assert "as good or better at layers 0" in findings(measured([0.3, 0.1], fvu_linear=[0.2, 0.3]))[-1]
+    worse = findings(measured([0.3, 0.3], fvu_linear=[0.2, 0.2]))[-1]
     assert "lower" not in worse
     assert "layers 0–1" in worse
 
 
 def test_the_costliest_layer_need_not_be_the_hardest() -> None:
-    other = findings(results([0.1, 0.2], ce_increase=[0.05, 0.01]))[-1]
+    other = findings(measured([0.1, 0.2], ce_increase=[0.05, 0.01]))[-1]
     assert "by 0.0100 (layer 1) to 0.0500 (layer 0)" in other
     assert "not layer 1, the one with the highest FVU" in other
-    assert "also the one with the highest FVU" in findings(results([0.1, 0.2], ce_increase=[0.01, 0.05]))[-1]
+    assert "also the one with the highest FVU" in findings(measured([0.1, 0.2], ce_increase=[0.01, 0.05]))[-1]
 
 
 @pytest.mark.parametrize(("value", "plain", "signed"), [(-4e-6, "0.0000", "+0.0000"), (-0.01, "-0.0100", "-0.0100")])
@@ -413,7 +417,7 @@ def test_citation_names_author_and_url(tmp_path: Path) -> None:
 
 def test_writing_again_gives_the_same_card(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(2))
-    draw_figures(run)
+    draw_figures(Run(run), run / FIGURES)
     assert write(run) == write(run)
     assert not list(run.glob(".*"))
 
@@ -533,14 +537,14 @@ def test_the_fvu_that_the_snippet_prints(spliced: tuple[Path, Path], monkeypatch
     ((x, y),) = seen
     torch.testing.assert_close(names["x"], x)
     torch.testing.assert_close(names["y"], y)
-    assert read_results(run).held_out
+    assert Run(run).scores.held_out
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no layer_\* folder"):
-        write_model_card(tmp_path, repo_id=None, author=None)
+    with pytest.raises(UserError, match=r"holds no layer_\* folder"):
+        write_model_card(Run(tmp_path), tmp_path, repo_id=None, author=None)
     run = write_tiny_run(tmp_path / "run")
     (run / "layer_0" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not readable"):
-        write_model_card(run, repo_id=None, author=None)
+    with pytest.raises(UserError, match=r"config\.json is not readable"):
+        write_model_card(Run(run), run, repo_id=None, author=None)
     assert not (run / "README.md").exists()

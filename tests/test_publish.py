@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import HubRepository, XetError
 from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
-from bilinear_tc.upload.repository import UnfitRun, build_repository, check_run, hash_file, list_files
-from bilinear_tc.upload.results import read_results
+from bilinear_tc.upload.repository import UnfitRun, build_repository, check_publishable, hash_file, list_files
 
 REPO = "tester/set"
 OVER = {"dirs_exist_ok": True}
@@ -167,14 +167,14 @@ def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
 
 
 def test_weights_that_have_the_type_already_are_not_cast(run: Path) -> None:
-    cast = build_repository(run, run / "cast", [0, 1], save_dtype="bfloat16")
+    cast = build_repository(Run(run), run / "cast", save_dtype="bfloat16")
     assert "were cast" in (cast / "README.md").read_text()
     for source, dtype in ((run, "float32"), (run, None), (cast, "bfloat16")):
-        same = build_repository(source, run / "same", [0, 1], save_dtype=dtype)
+        same = build_repository(Run(source), run / "same", save_dtype=dtype)
         assert "were cast" not in (same / "README.md").read_text()
         for path in ("layer_0/model.safetensors", "layer_1/config.json"):
             assert hash_file(same / path).sha256 == hash_file(source / path).sha256
-    back = build_repository(cast, run / "back", [0, 1], save_dtype="float32")
+    back = build_repository(Run(cast), run / "back", save_dtype="float32")
     assert "cast to float32" in " ".join((back / "README.md").read_text().split())
     assert load_file(back / "layer_0" / "model.safetensors")["head.weight"].dtype == torch.float32
 
@@ -184,7 +184,7 @@ def test_settings_are_published_without_where_the_run_lies(run: Path) -> None:
     for path in (run / "recipe.yaml", run / "layer_1" / "config.yaml"):
         path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"output_dir": place}, sort_keys=False))
     before = local_hashes(run)
-    folder = build_repository(run, run / "repository", check_run(run), with_pt=True)
+    folder = build_repository(Run(run), run / "repository", with_pt=True)
     for path in ("recipe.yaml", "layer_0/config.yaml", "layer_1/config.yaml"):
         settings = yaml.safe_load((run / path).read_text())
         settings.pop("output_dir", None)
@@ -337,7 +337,7 @@ def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(
 ) -> None:
     """What hf_xet sends to the storage host is answered by 404."""
     pytest.importorskip("hf_xet")
-    build_repository(run, run / "repository", check_run(run), repo_id=REPO)
+    build_repository(Run(run), run / "repository", repo_id=REPO)
     hub.create(REPO)
     publisher = Publisher(fork_server, hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
     settings = Publication(repo_id=REPO)
@@ -412,7 +412,7 @@ def test_everything_wrong_with_a_run_is_said_at_once(hub: HubServer, publisher: 
 
 def problems_of(run: Path) -> list[str]:
     with pytest.raises(UnfitRun) as caught:
-        check_run(run)
+        check_publishable(Run(run))
     return str(caught.value).split("\n  ")[1:]
 
 
@@ -437,7 +437,7 @@ def test_a_run_without_scores_is_refused_before_the_folder_is_begun(tmp_path: Pa
         f"layer_{layer} has neither held-out scores nor a training history: run train/evaluate.py first"
         for layer in (0, 1)
     ]
-    check_run(write_tiny_run(tmp_path / "evaluated", steps=0))
+    check_publishable(Run(write_tiny_run(tmp_path / "evaluated", steps=0)))
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_a_damaged_evaluation_is_a_line_of_the_list(run: Path, change: Callable,
     (run / "evaluation.json").write_text(json.dumps(changed if isinstance(changed, list) else evaluation))
     assert problems_of(run) == [f"{run / 'evaluation.json'}: {problem}; run train/evaluate.py again"]
     with pytest.raises(ValueError, match=re.escape(problem)):  # the card and the figures say the same
-        read_results(run)
+        _ = Run(run).scores
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_a_damaged_evaluation_is_a_line_of_the_list(run: Path, change: Callable,
             "fit: {steps: many}\n",
             "layer_0/config.yaml: fit must hold a whole number of steps, got 'many'",
         ),
-        ("config.yaml", "- 1\n", "config.yaml holds list: expected settings"),
+        ("config.yaml", "- 1\n", "config.yaml must hold one setting a line, got a list"),
         ("config.json", "[]", "layer_0 does not load"),
         ("config.json", '{"model_type": "bilinear_tc", "n_inputs": "x"}', "layer_0 does not load"),
         ("model.safetensors", "", "layer_0 does not load"),
@@ -500,7 +500,7 @@ def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher,
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layers": "0-2", "max_steps": 50}))
     with pytest.raises(UnfitRun, match=r"layer_2 is missing(.|\n)*layer_0 was fitted for 5 of 50 steps"):
-        check_run(run)
+        check_publishable(Run(run))
     done = publisher.command(run, "--repo_id", REPO, "--allow_partial")
     assert done.returncode == 0, done.output
     assert {path.split("/")[0] for path in published(hub) if path.startswith("layer_")} == {"layer_0", "layer_1"}
@@ -512,7 +512,7 @@ def test_a_base_that_cannot_be_asked_for_its_layers_is_said(run: Path, capsys: p
     assert any("layer_5 is missing" in problem for problem in problems_of(run))  # train/quickstart has six
     assert "could not be checked" not in capsys.readouterr().out
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "base": "/no/such/base"}))
-    assert check_run(run) == [0, 1]
+    check_publishable(Run(run))
     assert "how many layers /no/such/base has could not be checked" in capsys.readouterr().out
 
 
@@ -569,7 +569,7 @@ class Update:
         self.old = write_tiny_run(folder / "old", layers=(0, 1), steps=3, seed=1)
         self.new = write_tiny_run(folder / "new", layers=(0,), steps=3, seed=2)
         for run in (self.old, self.new):
-            build_repository(run, run / "repository", check_run(run), repo_id=REPO)
+            build_repository(Run(run), run / "repository", repo_id=REPO)
         self.sets = [local_hashes(run / "repository") for run in (self.old, self.new)]
         self.settings = Publication(repo_id=REPO)
         self.commits = 3  # the Hub's own, the old set, the new one

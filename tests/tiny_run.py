@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import yaml
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.train.recipe import Recipe, write_recipe
+from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, LossScores
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import FitFacts, Run, layer_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOT_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
 TOKENS_A_STEP = 4096
 
 
@@ -33,12 +29,11 @@ def write_tiny_run(
     seed: int = 0,
     form: str = "bilinear",
 ) -> Path:
-    """Writes a run of random transcoders whose FVU falls from near 1 to a figure of each layer's own.
+    """Writes a run of random transcoders whose FVU falls from near 1 to a value of each layer's own.
 
     Two calls with the same arguments write the same bytes. `n_inputs` is also the width of the outputs.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(
         base="train/quickstart",
         dataset="python-stdlib",
@@ -51,14 +46,36 @@ def write_tiny_run(
         hidden_multiplier=n_hidden / n_inputs,
         seed=seed,
     )
-    write_recipe(recipe, folder / "recipe.yaml")
-    for name in ROOT_FILES:
-        shutil.copyfile(ROOT / name, folder / name)
+    facts = FitFacts(
+        steps=steps,
+        tokens=steps * TOKENS_A_STEP,
+        seconds=12.5,
+        device="cpu",
+        processes=1,
+        dtype="float32",
+        micro_batch_size=recipe.batch_size,
+        base_commit=None,
+        transformers="5.0.0",
+    )
+    run = Run(folder)
+    run.write_root(recipe.to_dict())
     for layer in layers:
-        _write_layer(folder / f"layer_{layer}", recipe, layer, n_inputs, n_hidden)
+        transcoder = random_transcoder(recipe, layer, n_inputs, n_hidden)
+        run.write_layer(
+            transcoder, falling_history(steps, final_fvu(layer)), layer_settings(transcoder.config, recipe, facts)
+        )
     if evaluation:
-        text = json.dumps(_evaluation(recipe, layers), indent=2)
-        (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        run.write_evaluation(
+            Evaluation(
+                layers={layer: like_fvu(final_fvu(layer)) for layer in layers},
+                all_layers=LossScores(ce_increase=0.21, kl=0.2, loss_recovered=0.93),
+                dataset=recipe.dataset,
+                split=recipe.eval_split,
+                tokens=recipe.eval_tokens,
+                base=recipe.base,
+                base_ce=3.21,
+            )
+        )
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "state.txt").write_text("never published", encoding="utf-8")
     return folder
@@ -69,7 +86,7 @@ def final_fvu(layer: int) -> float:
     return 0.01 if layer == 0 else 0.15 / math.sqrt(layer)
 
 
-def _write_layer(folder: Path, recipe: Recipe, layer: int, n_inputs: int, n_hidden: int) -> None:
+def random_transcoder(recipe: Recipe, layer: int, n_inputs: int, n_hidden: int) -> BilinearTC:
     generator = torch.Generator().manual_seed(1000 * recipe.seed + layer)
     config = BilinearTCConfig(
         n_inputs=n_inputs,
@@ -87,69 +104,30 @@ def _write_layer(folder: Path, recipe: Recipe, layer: int, n_inputs: int, n_hidd
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(n_inputs))
         for name, buffer in model.named_buffers():
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + (0.5 if name.endswith("std") else -0.5))
-    model.save_pretrained(folder)
-    for name in ROOT_FILES:  # save_pretrained puts them beside the weights; a run holds them once, at its root
-        (folder / name).unlink(missing_ok=True)
-    _write_settings(folder / "config.yaml", recipe, config)
-    _write_history(folder / "history.parquet", recipe, layer)
+    return model
 
 
-def _write_settings(path: Path, recipe: Recipe, config: BilinearTCConfig) -> None:
-    belongs = {"layer": config.layer_index, "base_model": config.base_model, "base_revision": config.base_revision}
-    shape = {name: getattr(config, name) for name in ("mlp_path", "form", "bias", "n_inputs", "n_hidden", "n_outputs")}
-    settings = {
-        name: value for name, value in recipe.to_dict().items() if name not in {"base", "layers", "output_dir", *shape}
-    }
-    fit = {
-        "steps": recipe.max_steps,
-        "tokens": recipe.max_steps * TOKENS_A_STEP,
-        "seconds": 12.5,
-        "device": "cpu",
-        "processes": 1,
-        "dtype": "float32",
-        "torch": str(torch.__version__),
-        "transformers": "5.0.0",
-    }
-    text = yaml.safe_dump({**belongs, **shape, **settings, "fit": fit}, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def _write_history(path: Path, recipe: Recipe, layer: int) -> None:
-    steps = range(1, recipe.max_steps + 1)
-    last = final_fvu(layer)
-    fvu = [last + (0.9 - last) * (1 - (step - 1) / max(1, recipe.max_steps - 1)) ** 2 for step in steps]
-    columns = {
-        "step": pa.array(steps, pa.int64()),
-        "tokens": pa.array([step * TOKENS_A_STEP for step in steps], pa.int64()),
-        "mse": pa.array(fvu, pa.float64()),
-        "variance_explained": pa.array([1 - value for value in fvu], pa.float64()),
-        "fvu": pa.array(fvu, pa.float64()),
-    }
-    pq.write_table(pa.table(columns), path)
-
-
-def _evaluation(recipe: Recipe, layers: Sequence[int]) -> dict[str, object]:
-    scores = {str(layer): _scores(final_fvu(layer)) for layer in layers}
-    names = next(iter(scores.values())).keys()
+def falling_history(steps: int, last: float) -> dict[str, list]:
+    counted = range(1, steps + 1)
+    fvu = [last + (0.9 - last) * (1 - (step - 1) / max(1, steps - 1)) ** 2 for step in counted]
     return {
-        "dataset": recipe.dataset,
-        "split": recipe.eval_split,
-        "tokens": recipe.eval_tokens,
-        "base": {"model": recipe.base, "ce": 3.21},
-        "layers": scores,
-        "all_layers": {"ce_increase": 0.21, "kl": 0.2, "loss_recovered": 0.93},
-        "mean": {name: sum(score[name] for score in scores.values()) / len(scores) for name in names},
-    }
-
-
-def _scores(fvu: float) -> dict[str, float]:
-    return {
-        "fvu": fvu,
-        "fvu_raw": 0.9 * fvu,
-        "variance_explained": 1 - fvu,
+        "step": list(counted),
+        "tokens": [step * TOKENS_A_STEP for step in counted],
         "mse": fvu,
-        "fvu_linear": min(0.95, 3 * fvu + 0.2),
-        "ce_increase": fvu / 5,
-        "kl": fvu / 6,
-        "loss_recovered": 1 - fvu / 4,
+        "variance_explained": [1 - value for value in fvu],
+        "fvu": fvu,
     }
+
+
+def like_fvu(fvu: float) -> LayerScores:
+    """Scores that go with an FVU."""
+    return LayerScores(
+        fvu=fvu,
+        fvu_raw=0.9 * fvu,
+        variance_explained=1 - fvu,
+        mse=fvu,
+        fvu_linear=min(0.95, 3 * fvu + 0.2),
+        ce_increase=fvu / 5,
+        kl=fvu / 6,
+        loss_recovered=1 - fvu / 4,
+    )

@@ -108,6 +108,13 @@ class Run:
         self.folder = Path(where)
         self._kept: dict[str, Any] = {}
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> Run:
+        """The run in a folder of this machine; UserError if that is not a folder."""
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: expected a run, as train/fit.py writes it")
+        return cls(folder)
+
     # Reading
 
     @property
@@ -141,7 +148,11 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
-        return Recipe(**{"max_steps": 0, **self.recipe_settings})
+        settings = self.recipe_settings
+        try:
+            return Recipe(**{"max_steps": 0, **settings})
+        except UserError as error:
+            raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
     def config(self, layer: int) -> BilinearTCConfig:
         """A layer's config.json."""
@@ -368,8 +379,9 @@ class Run:
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
             (self.folder / EXPORTED).write_text(str(facts.steps), encoding="utf-8")
         except WRITE_ERRORS as error:
+            reason = one_line(error.__cause__ or error)
             raise StorageError(
-                f"the layers could not all be written to {self.folder} ({one_line(error)}): those that are there "
+                f"the layers could not all be written to {self.folder} ({reason}): those that are there "
                 "are whole, and so are the checkpoints; make room on the disk and run the same command to resume"
             ) from error
 
@@ -438,11 +450,14 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder whose files become those of the folder `target` when the block ends without an error.
 
     If `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first.
+
+    Raises:
+        StorageError: if they cannot be written, as on a full disk.
     """
     merge = target.is_dir() and not replace
     scratch = (target if merge else target.parent) / f".{target.name}.{secrets.token_hex(4)}.partial"
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         yield scratch
         if merge:
             for file in sorted(scratch.iterdir()):
@@ -450,5 +465,12 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(scratch, target)
+    except UserError:
+        raise
+    except WRITE_ERRORS as error:
+        raise StorageError(
+            f"{target} cannot be written ({one_line(error)}): make room on the disk, or check that you may write "
+            "there, and run the same command again"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,13 +17,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bilinear_tc.train.command import command_line
-from bilinear_tc.upload.results import Results, layer_folders, read_history, read_results
+from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.measuring.evaluation import Evaluation
+from bilinear_tc.train.run import Run, written_whole
+from bilinear_tc.upload.tables import format_fvu, layer_ranges
 
+FIGURES = "figures"
 COMPARISON = "all_layers_comparison.png"
+CURVES_STEM = "training_curves_overlaid_layers"
 LAYERS_A_FIGURE = 6
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -47,12 +51,12 @@ STYLE = {
     "figure.dpi": 200,
     "savefig.dpi": 200,
 }
-BILINEAR = {"color": "#0b4f8a", "marker": "o", "linestyle": "-"}
-AFFINE = {"color": "#c2570c", "marker": "s", "linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
+BILINEAR: dict[str, Any] = {"color": "#0b4f8a", "marker": "o", "linestyle": "-"}
+AFFINE: dict[str, Any] = {"color": "#c2570c", "marker": "s", "linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
 
-# Colours from Okabe and Ito's colour-blind-safe set (its yellow and sky blue left out, too pale for print);
+# Colors from Okabe and Ito's color-blind-safe set (its yellow and sky blue left out, too pale for print);
 # line style and marker tell the six apart without them.
-CURVES = (
+CURVES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#d55e00", "linestyle": "-", "marker": "s", "markerfacecolor": "white"},
     {"color": "#0072b2", "linestyle": (0, (5, 1.5)), "marker": "^"},
@@ -62,33 +66,27 @@ CURVES = (
 )
 
 
-def draw_figures(repository: Path) -> list[Path]:
-    """Draws a run's figures into its folder `figures` and removes training curves of an earlier set of layers.
-
-    Args:
-        repository: a run, or the repository built from one.
+def draw_figures(run: Run, folder: Path) -> list[Path]:
+    """Draws a run's figures into a folder, and deletes training curves of an earlier set of layers from it.
 
     Returns:
         The files written: `all_layers_comparison.png`, then `training_curves_overlaid_layers_{a}_{b}.png` for
         every six layers that have a training history (a fit of no steps has none).
 
     Raises:
-        ValueError: where the folder holds no layers, or a layer has neither held-out scores nor a history.
+        UserError: if the run has no layers, a layer has neither held-out scores nor a history, or the folder cannot
+            be written.
     """
-    results = read_results(repository)
-    folders = layer_folders(repository)
-    histories = {layer: read_history(folder) for layer, folder in folders.items()}
-    folder = repository / "figures"
-    folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        written = [save(comparison(results), folder / COMPARISON)]
-        for layers in sixes(list(folders)):
-            curves = {layer: histories[layer] for layer in layers if len(histories[layer]["step"])}
-            if curves:
-                written.append(save(training_curves(curves), folder / curves_name(layers)))
-    for stale in set(folder.glob("training_curves_overlaid_layers_*.png")) - set(written):
-        stale.unlink()
-    return written
+    with written_whole(folder) as scratch, matplotlib.rc_context(STYLE):
+        save(comparison(run.scores), scratch / COMPARISON)
+        names = [COMPARISON]
+        for six in sixes(run.layers):
+            if curves := {layer: run.history(layer) for layer in six if len(run.history(layer)["step"])}:
+                save(training_curves(curves), scratch / curves_name(six))
+                names.append(curves_name(six))
+    for stale in {path.name for path in folder.glob(f"{CURVES_STEM}_*.png")} - set(names):
+        (folder / stale).unlink()
+    return [folder / name for name in names]
 
 
 def sixes(layers: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -99,15 +97,47 @@ def sixes(layers: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def curves_name(layers: Sequence[int]) -> str:
     """File name of the training curves of these layers."""
-    return f"training_curves_overlaid_layers_{layers[0]}_{layers[-1]}.png"
+    return f"{CURVES_STEM}_{layers[0]}_{layers[-1]}.png"
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure whole or not at all; without the program's version, so that equal figures are equal files."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
-    return path
+def described_figures(run: Run) -> Iterator[dict[str, str]]:
+    """File name, alternative text and caption of each figure that a run can have."""
+    scores = run.scores
+    fvu, affine = scores.values("fvu"), scores.mean("fvu_linear")
+    best, hardest = min(fvu, key=fvu.__getitem__), max(fvu, key=fvu.__getitem__)
+    measured = f"{origin(scores)} FVU"
+    extent = (
+        f"FVU runs from {format_fvu(fvu[best])} at layer {best} to {format_fvu(fvu[hardest])} at layer {hardest}"
+        if best != hardest
+        else f"FVU is {format_fvu(fvu[best])} at layer {best}"
+    )
+    average = " on average" if len(fvu) > 1 else ""
+    beside = f"; the best affine map's is {format_fvu(affine)}{average}" if affine is not None else ""
+    beside_map = " beside the best affine map of the same input" if scores.values("fvu_linear") else ""
+    yield {
+        "name": COMPARISON,
+        "alt": f"{measured} (log scale) and variance explained by layer. {extent}{beside}.",
+        "caption": f"{measured} and variance explained of every layer{beside_map}.",
+    }
+    for six in sixes(run.layers):
+        ends = {layer: run.final_scores(layer).fvu for layer in six if len(run.history(layer)["step"])}
+        values = ", ".join(f"{format_fvu(value)} at layer {layer}" for layer, value in ends.items())
+        yield {
+            "name": curves_name(six),
+            "alt": "Training-batch FVU by optimizer step on a log scale, one curve a layer. The last steps average "
+            f"{values}.",
+            "caption": f"Training curves, layer{'s' if len(six) > 1 else ''} {layer_ranges(six)}.",
+        }
+
+
+def origin(scores: Evaluation) -> str:
+    """What the scores were measured on, as the first word of a label."""
+    return "Held-out" if scores.held_out else "Training-batch"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure without the program's version, so that equal figures are equal files."""
+    figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -117,19 +147,18 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def comparison(results: Results) -> Figure:
-    """FVU (log scale) and variance explained of every layer, beside the best affine map's where it is known."""
+def comparison(scores: Evaluation) -> Figure:
+    """FVU (log scale) and variance explained of every layer, beside the best affine map's if it is known."""
     figure = new_figure(6.75, 2.7)
     left, right = figure.subplots(1, 2)
-    measured = "Held-out" if results.held_out else "Training-batch"
-    affine = results.values("fvu_linear")
-    draw_layers(left, results.values("fvu"), affine)
+    affine = scores.values("fvu_linear")
+    draw_layers(left, scores.values("fvu"), affine)
     left.set_yscale("log")
-    left.set_ylabel(f"{measured} FVU")
+    left.set_ylabel(f"{origin(scores)} FVU")
     log_ticks(left)
-    explained = {layer: 100 * value for layer, value in results.values("variance_explained").items()}
+    explained = {layer: 100 * value for layer, value in scores.values("variance_explained").items()}
     draw_layers(right, explained, {layer: 100 * (1 - fvu) for layer, fvu in affine.items()})
-    right.set_ylabel(f"{measured}\nvariance explained (%)")
+    right.set_ylabel(f"{origin(scores)}\nvariance explained (%)")
     right.set_ylim(top=100)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=3.2)
@@ -137,7 +166,7 @@ def comparison(results: Results) -> Figure:
 
 
 def draw_layers(axes: Axes, bilinear: dict[int, float], affine: dict[int, float]) -> None:
-    """One value a layer for the transcoders and, where known, the affine maps; the transcoders' mean dotted."""
+    """One value a layer for the transcoders and, if known, the affine maps; the transcoders' mean dotted."""
     size = 3.8 if len(bilinear) <= 24 else 2.6
     for values, style, name in ((bilinear, BILINEAR, "bilinear transcoder"), (affine, AFFINE, "best affine map")):
         if values:
@@ -176,12 +205,12 @@ def training_curves(histories: dict[int, dict[str, np.ndarray]]) -> Figure:
         window = max(1, len(history["fvu"]) // 100)
         steps, fvu = smooth(history["step"], window), smooth(history["fvu"], window)
         curve = CURVES[index]
-        # staggered, so that markers of neighbouring curves do not hide each other
+        # staggered, so that markers of neighboring curves do not hide each other
         every = max(1, len(steps) // 7)
         axes.plot(steps, fvu, markevery=(index * every // LAYERS_A_FIGURE, every), **curve)
         ends[layer] = (float(steps[-1]), float(fvu[-1]), curve["color"])
     axes.set_yscale("log")
-    axes.set_xlabel("Optimiser step")
+    axes.set_xlabel("Optimizer step")
     mean = f"\n(running mean over {window} steps)" if window > 1 else ""
     axes.set_ylabel(f"Training-batch FVU{mean}")
     axes.margins(x=0.02)
@@ -209,7 +238,7 @@ def log_ticks(axes: Axes) -> None:
 
 
 def label_ends(axes: Axes, ends: dict[int, tuple[float, float, str]]) -> None:
-    """Names each curve (layer: last x, last y, colour) at its end, moved apart where they would overlap."""
+    """Names each curve (layer: last x, last y, color) at its end, moved apart if they would overlap."""
     low, high = np.log10(axes.get_ylim())
     heights = {layer: (np.log10(y) - low) / (high - low) for layer, (_, y, _) in ends.items()}
     order = sorted(heights, key=heights.__getitem__)
@@ -237,7 +266,7 @@ def label_ends(axes: Axes, ends: dict[int, tuple[float, float, str]]) -> None:
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
-    """Moves ascending positions as little as possible (in least squares) until neighbours are `gap` apart.
+    """Moves ascending positions as little as possible (in least squares) until neighbors are `gap` apart.
 
     With zᵢ = positionᵢ − i·gap the condition says that z does not descend, and the pool-adjacent-violators
     algorithm gives the nearest such z.
@@ -256,7 +285,8 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws a run's figures into RUN/figures.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
-    for path in draw_figures(parser.parse_args().run):
+    folder = parser.parse_args().run
+    for path in draw_figures(Run.in_folder(folder), folder / FIGURES):
         print(path)
 
 

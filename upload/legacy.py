@@ -13,34 +13,27 @@ do they count tokens: a batch is taken for --batch_size × --seq_len of them, as
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import torch
-import yaml
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.command import command_line
+from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import CODE_FILES, PACKAGE, written_whole
+from bilinear_tc.train.run import EVALUATION, RECIPE, Run, written_whole
 from bilinear_tc.train.text.batches import TokenBatches
 from bilinear_tc.train.text.documents import Documents
-from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, HISTORIES, Checkpoint, export_checkpoint, read_checkpoint
-from bilinear_tc.upload.results import layer_folders
+from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, Checkpoint, export_checkpoint, read_checkpoint
 
-RUN_FILES = ("recipe.yaml", "evaluation.json")
 SEQUENCES_AT_ONCE = 8
 
 
@@ -48,16 +41,16 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint in a folder or in its folders `layer_*`, by layer.
 
     Raises:
-        ValueError: where there is none, one is not readable, or two are of one layer.
+        UserError: if there is none, one is not readable, or two are of one layer.
     """
     paths = sorted([*folder.glob("*.pt"), *folder.glob("layer_*/*.pt")])
     if not paths:
-        raise ValueError(f"{folder} holds no checkpoints: expected layer_0/*.pt and so on")
+        raise UserError(f"{folder} holds no checkpoints: expected layer_0/*.pt and so on")
     checkpoints: dict[int, Checkpoint] = {}
     for path in paths:
         checkpoint = read_checkpoint(path)
         if other := checkpoints.get(checkpoint.layer):
-            raise ValueError(f"{other.path} and {path} are both of layer {checkpoint.layer}: leave one in the folder")
+            raise UserError(f"{other.path} and {path} are both of layer {checkpoint.layer}: leave one in the folder")
         checkpoints[checkpoint.layer] = checkpoint
     return [checkpoints[layer] for layer in sorted(checkpoints)]
 
@@ -79,7 +72,7 @@ class ImportSettings:
     def __post_init__(self) -> None:
         for name in ("calibration_tokens", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Path:
@@ -90,48 +83,32 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
 
     Args:
         folder: holds the checkpoints.
-        run: where the run goes; a folder that is not there yet, or empty. It appears whole or not at all.
-        settings: base and text, needed where a checkpoint has no statistics.
+        run: the run's folder, which is not there yet, or empty. It appears whole or not at all.
+        settings: base and text, needed if a checkpoint has no statistics.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: where a checkpoint is refused, the run is there already, or base and text are missing or do not fit.
-        FloatingPointError: where the base gives a NaN or an infinity.
+        UserError: if a checkpoint is refused, the run is there already or cannot be written, base and text are
+            missing or do not fit, or the base gives a NaN or an infinity.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise ValueError(f"{run} is there already: name another --output_dir, or remove it")
+        raise UserError(f"{run} is there already: name another --output_dir, or remove it")
     checkpoints = find_checkpoints(folder)
     without = [checkpoint for checkpoint in checkpoints if checkpoint.statistics is None]
-    if without and (settings.base is None or settings.dataset is None):
-        raise ValueError(
-            f"{without[0].path} holds no statistics, which are measured from the base: name it and the text with "
-            "--base and --dataset"
-        )
-    with folder_written_whole(run) as scratch:
-        measured = measure_statistics(without, settings) if without else 0
+    measured = measure_statistics(without, settings) if without else 0
+    recipe = imported_recipe(checkpoints, settings)
+    with written_whole(run, replace=True) as scratch:
+        imported = Run(scratch)
+        imported.write_root(recipe)
         for checkpoint in tqdm(checkpoints, desc="writing layers", unit="layer"):
-            write_layer(checkpoint, scratch / f"layer_{checkpoint.layer}", settings, measured)
-        for name in CODE_FILES:
-            shutil.copyfile(PACKAGE / name, scratch / name)
-        write_yaml(imported_recipe(checkpoints, settings), scratch / "recipe.yaml")
+            columns = {**checkpoint.history, "tokens": tokens_column(checkpoint, settings)}
+            described = checkpoint.settings or layer_settings(checkpoint, settings, measured)
+            imported.write_layer(transcoder_of(checkpoint), columns, described)
         if not without:
-            copy_run_files(folder, scratch)
+            copy_root_files(folder, scratch)
     return run
-
-
-@contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block ends without an error."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> int:
@@ -140,20 +117,28 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
     Returns:
         The number of tokens measured on, padding included.
     """
+    if settings.base is None or settings.dataset is None:
+        raise UserError(
+            f"{checkpoints[0].path} holds no statistics, which are measured from the base: name it and the text with "
+            "--base and --dataset"
+        )
+    documents = Documents(
+        settings.dataset, config=settings.dataset_config, split=settings.split, text_column=settings.text_column
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = [checkpoint.layer for checkpoint in checkpoints]
     base = Base.load(settings.base, revision=settings.base_revision, layers=layers, device=device)
     for checkpoint in checkpoints:
         config = checkpoint.config
         if (config.n_inputs, config.n_outputs) != (base.n_inputs, base.n_outputs):
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path} maps width {config.n_inputs} to {config.n_outputs}, the MLPs of {settings.base} "
                 f"{base.n_inputs} to {base.n_outputs}: name the base that it was fitted for with --base"
             )
         config.base_model, config.base_revision = settings.base, settings.base_revision
         config.mlp_path = base.mlp_path(checkpoint.layer)
     base.stop_after_last_layer()
-    moments = activation_moments(base, settings)
+    moments = activation_moments(base, documents, settings)
     inputs, outputs = (Moments.stack(list(of)) for of in zip(*moments.values(), strict=True))
     check_finite(inputs, outputs, base.layers, "the calibration text")
     for checkpoint in checkpoints:
@@ -163,7 +148,9 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
     return moments[layers[0]][0].count
 
 
-def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[Moments, Moments]]:
+def activation_moments(
+    base: Base, documents: Documents, settings: ImportSettings
+) -> dict[int, tuple[Moments, Moments]]:
     """Moments of each layer's MLP inputs and outputs over `calibration_tokens`, or over all of a shorter text.
 
     The fits took every position's row, the padding's too, from a base that was told which positions are padding.
@@ -173,9 +160,6 @@ def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[
         layer: (Moments.zeros(base.n_inputs, device=device), Moments.zeros(base.n_outputs, device=device))
         for layer in base.layers
     }
-    documents = Documents(
-        settings.dataset, config=settings.dataset_config, split=settings.split, text_column=settings.text_column
-    )
     batches = TokenBatches(
         documents,
         base.tokenizer,
@@ -191,17 +175,15 @@ def activation_moments(base: Base, settings: ImportSettings) -> dict[int, tuple[
             with masked(base.model.base_model, batch.mask):
                 activations = base.activations(batch.input_ids)
             for layer, both in activations.items():
-                moments[layer] = tuple(
-                    before.merge(Moments.of(values.flatten(0, 1)))
-                    for before, values in zip(moments[layer], both, strict=True)
-                )
+                x, y = (Moments.of(values.flatten(0, 1)) for values in both)
+                moments[layer] = (moments[layer][0].merge(x), moments[layer][1].merge(y))
             bar.update(batch.input_ids.numel())
             if bar.n >= settings.calibration_tokens:
                 break
     return moments
 
 
-def masked(decoder: torch.nn.Module, mask: torch.Tensor) -> RemovableHandle:
+def masked(decoder: torch.nn.Module, mask: torch.Tensor | None) -> RemovableHandle:
     """Lets no position of a decoder attend to padding, while the context lasts."""
 
     def add_mask(_: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -210,20 +192,11 @@ def masked(decoder: torch.nn.Module, mask: torch.Tensor) -> RemovableHandle:
     return decoder.register_forward_pre_hook(add_mask, with_kwargs=True)
 
 
-def write_layer(checkpoint: Checkpoint, folder: Path, settings: ImportSettings, measured: int) -> None:
-    """Writes one layer's folder of a run."""
+def transcoder_of(checkpoint: Checkpoint) -> BilinearTC:
     model = BilinearTC(checkpoint.config)
-    model.to(next(iter(checkpoint.weights.values())).dtype)
-    model.load_state_dict({**checkpoint.weights, **checkpoint.statistics})
-    model.save_pretrained(folder)
-    for name in CODE_FILES:  # they lie once, at the run's root
-        (folder / name).unlink(missing_ok=True)
-    write_yaml(checkpoint.settings or layer_settings(checkpoint, settings, measured), folder / "config.yaml")
-    columns = {"step": checkpoint.history["step"], "tokens": tokens_column(checkpoint, settings)}
-    columns |= {name: checkpoint.history[name] for name in HISTORIES}
-    kinds = {"step": pyarrow.int64(), "tokens": pyarrow.int64()}
-    table = {name: pyarrow.array(values, kinds.get(name, pyarrow.float64())) for name, values in columns.items()}
-    pyarrow.parquet.write_table(pyarrow.table(table), folder / "history.parquet")
+    torch.nn.Module.to(model, next(iter(checkpoint.weights.values())).dtype)
+    model.load_state_dict({**checkpoint.weights, **(checkpoint.statistics or {})})
+    return model
 
 
 def tokens_column(checkpoint: Checkpoint, settings: ImportSettings) -> list[int]:
@@ -281,27 +254,21 @@ def imported_recipe(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
     return recipe
 
 
-def copy_run_files(source: Path, target: Path) -> None:
-    """Copies what a run says of all its layers together, where the source says it."""
+def copy_root_files(source: Path, target: Path) -> None:
+    """Copies what a run says of all its layers together, if the source says it."""
     with written_whole(target) as scratch:
-        for name in RUN_FILES:
+        for name in (RECIPE, EVALUATION):
             if (source / name).is_file():
                 shutil.copyfile(source / name, scratch / name)
 
 
-def write_yaml(content: dict[str, Any], path: Path) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def export_run(run: Path, folder: Path | None) -> list[Path]:
+def export_run(run: Run, folder: Path | None) -> list[Path]:
     """Writes every layer of a run in the `.pt` layout, into `folder` or, without one, beside the run's own files."""
-    target = run if folder is None else folder
-    written = [
-        export_checkpoint(run, layer, target / source.name)
-        for layer, source in tqdm(layer_folders(run).items(), desc="exporting", unit="layer")
-    ]
+    target = Run(folder or run.folder)
+    layers = tqdm(run.layers, desc="exporting", unit="layer")
+    written = [export_checkpoint(run, layer, target.layer_folder(layer)) for layer in layers]
     if folder is not None:
-        copy_run_files(run, folder)
+        copy_root_files(run.folder, folder)
     return written
 
 
@@ -310,7 +277,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser("import", help="checkpoints → run", allow_abbrev=False)
     importing.add_argument("folder", type=Path, metavar="FOLDER", help="holds layer_0/*.pt and so on")
-    importing.add_argument("--output_dir", type=Path, required=True, metavar="RUN", help="where the run goes")
+    importing.add_argument("--output_dir", type=Path, required=True, metavar="RUN", help="the run's folder")
     help_texts = {
         "base": "the model that they were fitted for: a Hub id or a folder",
         "base_revision": "its branch, tag or commit",
@@ -324,18 +291,18 @@ def main() -> None:
     }
     for field in fields(ImportSettings):
         kind = int if isinstance(field.default, int) else str
-        default = "" if field.default is None else f" (default {field.default})"
+        default = "" if field.default is None else f" (default: {field.default})"
         importing.add_argument(
             f"--{field.name}", type=kind, default=field.default, help=help_texts[field.name] + default
         )
     exporting = commands.add_parser("export", help="run → checkpoints", allow_abbrev=False)
     exporting.add_argument("run", type=Path, metavar="RUN")
     exporting.add_argument(
-        "--output_dir", type=Path, metavar="FOLDER", help="where they go; beside the run's own files if left out"
+        "--output_dir", type=Path, metavar="FOLDER", help="their folder (default: beside the run's own files)"
     )
     arguments = vars(parser.parse_args())
     if arguments.pop("command") == "export":
-        for path in export_run(arguments["run"], arguments["output_dir"]):
+        for path in export_run(Run.in_folder(arguments["run"]), arguments["output_dir"]):
             print(path)
         return
     folder, run = arguments.pop("folder"), arguments.pop("output_dir")

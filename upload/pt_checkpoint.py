@@ -4,7 +4,7 @@ A file is a pickled dict:
 
 | key | what |
 | --- | --- |
-| model_state_dict | `left`, `right`, `head`, or `W_left`, `W_right`: weights on z-scored inputs and outputs |
+| model_state_dict | the maps' weights and biases, on z-scored inputs and outputs |
 | optimizer_state_dict | not read; empty in a file written here, since a run publishes no training state |
 | config | n_inputs, n_hidden, n_outputs, bias: a dataclass of some module; here a dict with attributes |
 | mse_losses, variance_explained, fvu_values | a value a training batch |
@@ -33,10 +33,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig, form_of
 from bilinear_tc.modeling_bilinear_tc import STATISTICS
-from bilinear_tc.train.run import written_whole
-from bilinear_tc.upload.results import read_history, read_yaml
+from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.run import WEIGHTS, Run, written_whole
 
 CONFIG_FIELDS = (
     "n_inputs",
@@ -49,7 +49,6 @@ CONFIG_FIELDS = (
     "layer_index",
     "mlp_path",
 )
-MAPS = {"bilinear": ("left", "right", "head"), "input_sum": ("W_left", "W_right")}
 HISTORIES = {"mse": "mse_losses", "variance_explained": "variance_explained", "fvu": "fvu_values"}
 
 
@@ -59,21 +58,23 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        layer: the layer's index.
-        config: widths, bias and form; base, revision and MLP path where the file names them (exports do).
+        config: layer, widths, bias and form; base, revision and MLP path if the file names them (exports do).
         weights: the maps' parameters, named as `BilinearTC` names them; memory-mapped.
-        statistics: the four vectors of the z-scores, None where the file has none.
-        history: the columns of history.parquet; `tokens` is missing where the file does not tell.
-        settings: config.yaml's content, None where the file has none.
+        statistics: the four vectors of the z-scores, None if the file has none.
+        history: the columns of history.parquet; `tokens` is missing if the file does not tell.
+        settings: config.yaml's content, None if the file has none.
     """
 
     path: Path
-    layer: int
     config: BilinearTCConfig
     weights: dict[str, Tensor]
     statistics: dict[str, Tensor] | None
     history: dict[str, list]
     settings: dict[str, Any] | None
+
+    @property
+    def layer(self) -> int:
+        return self.config.layer_index
 
     @property
     def steps(self) -> int:
@@ -84,26 +85,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads one `.pt` file, running nothing that is in it.
 
     Raises:
-        ValueError: where it is not a torch checkpoint, asks for a class other than its config's, or lacks a key.
+        UserError: if it is not a torch checkpoint, asks for a class other than its config's, or lacks a key.
     """
     content = load_inert(path)
     if not isinstance(content, dict) or "model_state_dict" not in content:
-        raise ValueError(f"{path} is not a transcoder's checkpoint: expected a dict with the key model_state_dict")
-    weights, widths, form = read_weights(content["model_state_dict"], path)
-    layer = read_layer(content, path)
-    config = content.get("config", {})
-    config = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    for name, width in widths.items():
-        if config.get(name, width) != width:
-            raise ValueError(f"{path}: its config says {name} {config[name]}, its weights say {width}")
-    belongs = {name: config[name] for name in ("base_model", "base_revision", "mlp_path") if name in config}
-    bias = any(name.endswith(".bias") for name in weights)
+        raise UserError(f"{path} is not a transcoder's checkpoint: expected a dict with the key model_state_dict")
+    weights, config = read_weights(content["model_state_dict"], path)
+    config.layer_index = read_layer(content, path)
+    said = content.get("config", {})
+    said = said if isinstance(said, dict) else getattr(said, "__dict__", {})
+    for name in ("n_inputs", "n_hidden", "n_outputs"):
+        if said.get(name, getattr(config, name)) != getattr(config, name):
+            raise UserError(f"{path}: its config says {name} {said[name]}, its weights say {getattr(config, name)}")
+    for name in ("base_model", "base_revision", "mlp_path"):
+        setattr(config, name, said.get(name))
     return Checkpoint(
         path=path,
-        layer=layer,
-        config=BilinearTCConfig(**widths, bias=bias, form=form, layer_index=layer, **belongs),
+        config=config,
         weights=weights,
-        statistics=read_statistics(content, widths, path),
+        statistics=read_statistics(content, config, path),
         history=read_columns(content, path),
         settings=content.get("settings"),
     )
@@ -113,7 +113,7 @@ def load_inert(path: Path) -> Any:
     """A pickled checkpoint's content, its tensors memory-mapped, the object at `config` as a bag of attributes.
 
     Raises:
-        ValueError: where the file is no torch checkpoint or its pickle asks for anything but tensors and that class.
+        UserError: if the file is not a torch checkpoint, or its pickle asks for anything but tensors and that class.
     """
     named, config_class = pickled_globals(path)
     try:
@@ -121,8 +121,8 @@ def load_inert(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a crafted pickle can make the unpickler fail in any way
         foreign = sorted(name for name in named - {config_class} if not is_plain(name))
-        asks = f"asks for {', '.join(foreign)}" if foreign else f"cannot be read ({str(error).splitlines()[0]})"
-        raise ValueError(
+        asks = f"asks for {', '.join(foreign)}" if foreign else f"cannot be read ({one_line(error)})"
+        raise UserError(
             f"{path} {asks}: expected tensors, plain values and one config object; it is refused, and nothing in it "
             "was run"
         ) from error
@@ -147,15 +147,18 @@ def pickled_globals(path: Path) -> tuple[set[str], str | None]:
                 if op.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
             ]
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a torch checkpoint (a zip archive): {error}") from error
+        reason = one_line(error)
+        raise UserError(f"{path} cannot be read as a torch checkpoint (a zip archive): {reason}") from error
     except ValueError as error:  # no data.pkl in it, or no pickle
-        raise ValueError(f"{path} holds no readable pickle: expected a checkpoint written by torch.save") from error
-    named, config_class, previous = set(), None, None
-    for name, argument in operations:
-        if name == "GLOBAL":
-            named.add(argument.replace(" ", "."))
+        raise UserError(f"{path} holds no readable pickle: expected a checkpoint written by torch.save") from error
+    named: set[str] = set()
+    config_class = previous = None
+    for operation, argument in operations:
+        if operation == "GLOBAL":
+            class_name = str(argument).replace(" ", ".")
+            named.add(class_name)
             if previous == "config":
-                config_class = argument.replace(" ", ".")
+                config_class = class_name
         previous = argument
     return named, config_class
 
@@ -182,46 +185,49 @@ def allowed_alone(cls: type | None) -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def read_weights(state: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, int], str]:
-    """Weights, widths and form of a state dict; a map without a bias among maps with one gets a bias of zeros.
+def read_weights(state: Any, path: Path) -> tuple[dict[str, Tensor], BilinearTCConfig]:
+    """The weights in a state dict, and the widths, bias and form that they have.
+
+    A map without a bias among maps with one gets a bias of zeros.
 
     Raises:
-        ValueError: where its maps are neither left, right, head nor W_left, W_right, or their widths do not match.
+        UserError: if its maps are those of no form, or their widths do not match.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: model_state_dict must hold tensors by name")
+        raise UserError(f"{path}: model_state_dict must hold tensors by name")
     # torch.compile and data-parallel wrappers put their own name before each parameter's
     weights = {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.detach() for name, tensor in state.items()}
-    maps = {name.rpartition(".")[0] for name in weights}
-    form = next((form for form, names in MAPS.items() if maps == set(names)), None)
-    expected = {f"{name}.{kind}" for name in MAPS.get(form, ()) for kind in ("weight", "bias")} - {"W_right.bias"}
-    if form is None or not set(weights) <= expected or any(f"{name}.weight" not in weights for name in maps):
-        raise ValueError(
+    form = form_of({name.rpartition(".")[0] for name in weights})
+    config = BilinearTCConfig(form=form or "bilinear", bias=any(name.endswith(".bias") for name in weights))
+    needed = {f"{name}.weight" for name in config.maps}
+    biases = {f"{name}.bias" for name, (_, _, biased) in config.maps.items() if biased}
+    if form is None or not needed <= set(weights) <= needed | biases:
+        raise UserError(
             f"{path}: model_state_dict holds {', '.join(sorted(weights)) or 'nothing'}; expected left, right and head, "
             "each with weight and bias, or W_left.weight, W_left.bias and W_right.weight"
         )
-    first, last = ("left", "head") if form == "bilinear" else ("W_right", "W_left")
-    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in maps}
-    if any(len(shape) != 2 for shape in shapes.values()):
-        raise ValueError(f"{path}: expected matrices, got {shapes}")
-    (n_hidden, n_inputs), (n_outputs, taken) = shapes[first], shapes[last]
-    if taken != n_hidden or shapes.get("right", shapes[first]) != shapes[first]:
-        raise ValueError(f"{path}: the widths of its maps do not match: {shapes}")
-    if any(name.endswith(".bias") for name in weights):
-        for name in maps - {"W_right"}:
-            weights.setdefault(f"{name}.bias", weights[f"{name}.weight"].new_zeros(shapes[name][0]))
-    return weights, {"n_inputs": n_inputs, "n_hidden": n_hidden, "n_outputs": n_outputs}, form
+    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in config.maps}
+    if any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
+        raise UserError(f"{path}: expected matrices, got {shapes}")
+    config.n_hidden, config.n_inputs = shapes[config.factors[1]]
+    config.n_outputs = shapes[config.last_map][0]
+    for name, (inputs, outputs, biased) in config.maps.items():
+        if biased:
+            weights.setdefault(f"{name}.bias", weights[f"{name}.weight"].new_zeros(outputs))
+        if shapes[name] != (outputs, inputs) or (biased and weights[f"{name}.bias"].shape != (outputs,)):
+            raise UserError(f"{path}: the widths of its maps do not match: {shapes}")
+    return weights, config
 
 
-def read_statistics(content: dict, widths: dict[str, int], path: Path) -> dict[str, Tensor] | None:
-    """The vectors of the z-scores, checked; None where the checkpoint has none."""
+def read_statistics(content: dict, config: BilinearTCConfig, path: Path) -> dict[str, Tensor] | None:
+    """The vectors of the z-scores, checked; None if the checkpoint has none."""
     statistics = content.get("statistics")
     if statistics is None:
         return None
-    expected = {name: (widths["n_inputs" if name.startswith("input") else "n_outputs"],) for name in STATISTICS}
+    expected = {name: (config.n_inputs if name.startswith("input") else config.n_outputs,) for name in STATISTICS}
     found = {name: tuple(getattr(value, "shape", ())) for name, value in dict(statistics).items()}
     if found != expected:
-        raise ValueError(f"{path}: expected statistics of the shapes {expected}, got {found}")
+        raise UserError(f"{path}: expected statistics of the shapes {expected}, got {found}")
     return dict(statistics)
 
 
@@ -231,12 +237,12 @@ def read_layer(content: dict, path: Path) -> int:
     if layer is None and (match := re.search(r"_l(\d+)_", path.name)):
         layer = int(match[1])
     if not isinstance(layer, int) or layer < 0:
-        raise ValueError(f"{path} does not tell its layer: expected a whole number at layer_idx, got {layer!r}")
+        raise UserError(f"{path} does not tell its layer: expected a whole number at layer_idx, got {layer!r}")
     return layer
 
 
 def read_columns(content: dict, path: Path) -> dict[str, list]:
-    """The columns of history.parquet: steps counted from 1 where the checkpoint does not number them."""
+    """The columns of history.parquet: steps counted from 1 if the checkpoint does not number them."""
     columns = {name: [float(value) for value in content.get(key, [])] for name, key in HISTORIES.items()}
     steps = len(columns["fvu"])
     columns["step"] = list(content.get("steps", range(1, steps + 1)))
@@ -244,35 +250,30 @@ def read_columns(content: dict, path: Path) -> dict[str, list]:
         columns["tokens"] = list(content["tokens"])
     lengths = {name: len(values) for name, values in columns.items()}
     if set(lengths.values()) != {steps}:
-        raise ValueError(f"{path}: its histories differ in length ({lengths}); expected one value a batch in each")
+        raise UserError(f"{path}: its histories differ in length ({lengths}); expected one value a batch in each")
     return columns
 
 
-def export_checkpoint(run: Path, layer: int, folder: Path) -> Path:
-    """Writes one layer of a run as `transcoder_weights_l{L}_bilinear_{optimizer}_{steps}b.pt`.
+def checkpoint_name(layer: int, optimizer: str, steps: int) -> str:
+    return f"transcoder_weights_l{layer}_bilinear_{optimizer}_{steps}b.pt"
+
+
+def export_checkpoint(run: Run, layer: int, folder: Path) -> Path:
+    """Writes one layer of a run as a checkpoint into a folder, and returns the file.
 
     `config` is an OrderedDict whose entries are attributes too: `torch.load` reads it with `weights_only=True`, its
     default, without any module of ours, and `config.n_inputs` works as the readers of that layout write it.
 
-    Args:
-        run: the run, or a repository built from one.
-        layer: the layer.
-        folder: where the file goes.
-
-    Returns:
-        The file.
-
     Raises:
-        ValueError: where the run does not hold that layer whole.
+        UserError: if the run does not hold that layer whole, or the file cannot be written.
     """
-    source = run / f"layer_{layer}"
+    weights = run.layer_folder(layer) / WEIGHTS
     try:
-        config = BilinearTCConfig.from_pretrained(source)
-        tensors = load_file(source / "model.safetensors")
+        tensors = load_file(weights)
     except Exception as error:  # safetensors raises an error class of its own for a broken file
-        raise ValueError(f"{source} is not a readable layer: {str(error).splitlines()[0]}") from error
-    history = {name: column.tolist() for name, column in read_history(source).items()}
-    settings = read_yaml(source / "config.yaml")
+        raise UserError(f"{weights} is not readable: {one_line(error)}") from error
+    config, settings = run.config(layer), run.settings(layer)
+    history = {name: column.tolist() for name, column in run.history(layer).items()}
     described = OrderedDict((name, getattr(config, name)) for name in CONFIG_FIELDS)
     vars(described).update(described)
     content = {
@@ -287,7 +288,7 @@ def export_checkpoint(run: Path, layer: int, folder: Path) -> Path:
         "tokens": history["tokens"],
         "settings": settings,
     }
-    name = f"transcoder_weights_l{layer}_bilinear_{settings.get('optimizer', 'muon')}_{len(history['step'])}b.pt"
+    name = checkpoint_name(layer, settings.get("optimizer", "muon"), len(history["step"]))
     with written_whole(folder) as scratch:
         torch.save(content, scratch / name)
     return folder / name

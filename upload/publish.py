@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -16,14 +15,15 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModel, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from bilinear_tc.train.command import command_line
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.errors import UserError, command_line, one_line
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
 from bilinear_tc.upload.repository import (
     DTYPES,
     LocalFile,
-    UnfitRun,
     build_repository,
-    check_run,
+    check_publishable,
     list_files,
     load_layer,
 )
@@ -35,9 +35,9 @@ FOLDER = "repository"
 class Publication:
     """What to publish, where and how."""
 
-    repo_id: str | None = field(default=None, metadata={"help": "The Hub repository, as you/name."})
+    repo_id: str = field(default="", metadata={"help": "The Hub repository, as you/name."})
     private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    revision: str = field(default="main", metadata={"help": "The branch to publish to; made where it is missing."})
+    revision: str = field(default="main", metadata={"help": "The branch to publish to; created if it is missing."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing the branch."})
     tag: str | None = field(default=None, metadata={"help": "A tag for the published commit."})
     message: str | None = field(default=None, metadata={"help": "The commit's message."})
@@ -49,7 +49,7 @@ class Publication:
         default=False, metadata={"help": "Publish although layers of the recipe are missing or not fitted to the end."}
     )
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type of the published weights; as in the run where left out."}
+        default=None, metadata={"help": "Type of the published weights; by default as in the run."}
     )
     with_pt: bool = field(default=False, metadata={"help": "Add each layer's checkpoint in the earlier .pt layout."})
 
@@ -57,44 +57,37 @@ class Publication:
         """Refuses impossible values.
 
         Raises:
-            ValueError: in one sentence.
+            UserError: in one sentence.
         """
         try:
-            validate_repo_id(self.repo_id or "")
-            if "/" not in (self.repo_id or ""):
+            validate_repo_id(self.repo_id)
+            if "/" not in self.repo_id:
                 raise HFValidationError("it names no owner")
         except HFValidationError as error:
-            raise ValueError(f"--repo_id must read like you/name, got {self.repo_id!r}: {error}") from error
+            raise UserError(f"--repo_id must read like you/name, got {self.repo_id!r}: {one_line(error)}") from error
         if self.save_dtype not in (None, *DTYPES):
-            raise ValueError(f"--save_dtype must be one of {', '.join(DTYPES)}, got {self.save_dtype!r}")
+            raise UserError(f"--save_dtype must be one of {', '.join(DTYPES)}, got {self.save_dtype!r}")
         if self.create_pr and self.tag:
-            raise ValueError("--tag cannot be given with --create_pr: tag the commit once the pull request is merged")
+            raise UserError("--tag cannot be given with --create_pr: tag the commit once the pull request is merged")
 
 
-def publish(run: Path, settings: Publication) -> State | None:
+def publish(run: Run, settings: Publication) -> State | None:
     """Publishes a run, reads it back and prints where it is; a dry run only writes the folder and lists the changes.
-
-    Args:
-        run: a directory as train/fit.py writes it.
-        settings: where to and how.
 
     Returns:
         The commit that holds the set, None from a dry run.
 
     Raises:
-        UnfitRun: the run is not fit to publish; all that is wrong with it, a line each.
-        ValueError: there is no run.
-        RuntimeError: the Hub refused, or does not hold what was sent; one sentence with the remedy.
-        OSError: RUN/repository cannot be written.
+        UserError: the run is not fit to publish, its folder cannot be written, or the Hub refused or does not hold
+            what was sent.
     """
     hub = HubRepository(settings.repo_id, settings.revision)
-    layers = check_run(run, allow_partial=settings.allow_partial)
+    check_publishable(run, allow_partial=settings.allow_partial)
     if not settings.dry_run:
         hub.check_token()
     folder = build_repository(
         run,
-        run / FOLDER,
-        layers,
+        run.folder / FOLDER,
         repo_id=settings.repo_id,
         author=settings.author,
         save_dtype=settings.save_dtype,
@@ -105,24 +98,20 @@ def publish(run: Path, settings: Publication) -> State | None:
     if settings.dry_run:
         show_plan(hub, local)
         return None
-    return send(hub, settings, run, local, layers)
+    return send(hub, settings, run, local)
 
 
-def send(
-    hub: HubRepository, settings: Publication, run: Path, local: Mapping[str, LocalFile], layers: Sequence[int]
-) -> State:
+def send(hub: HubRepository, settings: Publication, run: Run, local: Mapping[str, LocalFile]) -> State:
     """Makes the Hub hold the set, reads it back, tags it and prints where it is."""
-    state = bring_up_to_date(hub, settings, local, layers)
-    verify(hub, state.commit, local, run, layers[0], settings.save_dtype)
+    state = bring_up_to_date(hub, settings, run, local)
+    verify(hub, state.commit, local, run, settings.save_dtype)
     if settings.tag:
         hub.tag(settings.tag, state.commit, settings.message)
-    print(f"{state.url}\n{load_line(settings, state, layers[0])}")
+    print(f"{state.url}\n{load_line(settings, state, run.layers[0])}")
     return state
 
 
-def bring_up_to_date(
-    hub: HubRepository, settings: Publication, local: Mapping[str, LocalFile], layers: Sequence[int]
-) -> State:
+def bring_up_to_date(hub: HubRepository, settings: Publication, run: Run, local: Mapping[str, LocalFile]) -> State:
     """Makes the Hub hold the set, unless it does already."""
     parent = hub.ensure(private=settings.private)
     changes = changes_between(local, hub.files(parent))
@@ -133,24 +122,25 @@ def bring_up_to_date(
         print(f"{settings.repo_id} holds this set already, at {state.commit[:12]}: nothing was uploaded")
         return state
     if settings.tag and settings.tag in hub.tags():
-        raise RuntimeError(f"{settings.repo_id} has a tag {settings.tag} already: choose another with --tag")
-    message = settings.message or f"Publish {counted(len(layers), 'bilinear transcoder')}"
+        raise UserError(f"{settings.repo_id} has a tag {settings.tag} already: choose another with --tag")
+    message = settings.message or f"Publish {counted(len(run.layers), 'bilinear transcoder')}"
     state = hub.publish(local, changes, parent=parent, message=message, create_pr=settings.create_pr)
     print(f"published as {state.commit[:12]}: {summary(changes)}")
     return state
 
 
 def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
-    """Lists the files with their sizes, and what publishing them would change where the Hub can be asked."""
+    """Lists the files with their sizes and, if the Hub can be asked, what publishing them would change."""
+    marks: dict[str, str] = {}
+    removed: list[str] = []
     try:
         head = hub.head() or hub.head("main")  # where a new branch starts
         changes = changes_between(local, hub.files(head) if head else {})
     except HubUnreachable as error:
-        marks, removed = {}, []
         outcome = f"the files were not compared with {hub.repo_id} on the Hub: {error}"
     else:
-        marks = {"=": changes.kept, "+": changes.added, "~": changes.replaced}
-        marks = {path: mark for mark, paths in marks.items() for path in paths}
+        listed = {"=": changes.kept, "+": changes.added, "~": changes.replaced}
+        marks = {path: mark for mark, paths in listed.items() for path in paths}
         removed = changes.removed
         outcome = f"publishing to {hub.repo_id} means {summary(changes)}"
     for path, file in local.items():
@@ -160,19 +150,13 @@ def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
     print(f"dry run, nothing was sent; {outcome}")
 
 
-def verify(
-    hub: HubRepository,
-    commit: str,
-    local: Mapping[str, LocalFile],
-    run: Path,
-    layer: int,
-    save_dtype: str | None,
-) -> None:
+def verify(hub: HubRepository, commit: str, local: Mapping[str, LocalFile], run: Run, save_dtype: str | None) -> None:
     """Reads the set back from the Hub at one commit: sizes and hashes of all files, and one layer as users load it.
 
     Raises:
-        RuntimeError: where the Hub holds something else than what was sent.
+        UserError: if the Hub holds something else than what was sent.
     """
+    layer = run.layers[0]
     remote = hub.files(commit)
     changes = changes_between(local, remote)
     wrong = changes.added + changes.replaced + changes.removed
@@ -183,7 +167,7 @@ def verify(
         )
         wrong += [path for path in small if sha256_of(Path(snapshot, path)) != local[path].sha256]
         if wrong:
-            raise RuntimeError(
+            raise UserError(
                 f"{hub.repo_id} at {commit[:12]} does not hold {', '.join(sorted(wrong))} as they were sent: "
                 "run the command again"
             )
@@ -192,9 +176,9 @@ def verify(
                 hub.repo_id, subfolder=f"layer_{layer}", revision=commit, trust_remote_code=True, cache_dir=cache
             )
         )
-        kept = load_layer(run / f"layer_{layer}", save_dtype)
+        kept = load_layer(run, layer, save_dtype)
         if not same_outputs(published.to(kept.dtype), kept):
-            raise RuntimeError(
+            raise UserError(
                 f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
                 "run the command again, and report it if it stays so"
             )
@@ -202,10 +186,10 @@ def verify(
 
 
 @torch.no_grad()
-def same_outputs(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+def same_outputs(one: BilinearTC, other: BilinearTC) -> bool:
     """Whether two transcoders give the same outputs, bit for bit, on inputs of the scale that they were fitted on.
 
-    On other inputs half precision may overflow; where it does so in both alike, NaN counts as equal to NaN.
+    On other inputs half precision may overflow; if it does so in both alike, NaN counts as equal to NaN.
     """
     noise = torch.randn(64, other.config.n_inputs, generator=torch.Generator().manual_seed(0))
     x = other.input_mean + other.input_std * noise
@@ -243,15 +227,13 @@ def readable_size(size: float) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Publication, allow_abbrev=False, description="Publishes a run as a Hub repository.")
+    parser = HfArgumentParser(
+        cast(Any, Publication), allow_abbrev=False, description="Publishes a run as a Hub repository."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
     settings, rest = parser.parse_args_into_dataclasses()
     disable_progress_bar()  # transformers' bars, one a layer; the uploads keep theirs
-    try:
-        publish(rest.run, settings)
-    except UnfitRun as error:  # the only error of several lines
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    publish(Run.in_folder(rest.run), settings)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,233 @@
+"""The card's tables, as rows of cells with the header first, and the formats of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.train.measuring.evaluation import Evaluation
+
+LIKE = 2.0  # layers whose FVUs lie within this factor count as alike
+
+
+def format_fvu(value: float) -> str:
+    """Four decimals, or two significant digits if those would be zeros."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def format_nats(value: float, sign: str = "-") -> str:
+    """Four decimals, without a sign if they are zeros. `sign` "+" shows that of positive values too."""
+    return format(round(value, 4) + 0.0, f"{sign}.4f")
+
+
+def format_percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def format_range(values: Iterable[float], form: Callable[[float], str]) -> str:
+    """Lowest and highest value, or one if they print alike."""
+    values = list(values)
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low.removesuffix('%')}–{high}"
+
+
+def format_duration(seconds: float) -> str:
+    """In the unit that a reader would say it in."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Ascending layers as readers write them: [0, 1, 2, 5] → `0–2, 5`."""
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in consecutive(layers))
+
+
+def consecutive(layers: Sequence[int]) -> list[list[int]]:
+    """Ascending layers cut where one is missing: [0, 1, 2, 5] → [[0, 1, 2], [5]]."""
+    runs = [[layers[0]]]
+    for before, layer in pairwise(layers):
+        if layer == before + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def like_layers(fvu: dict[int, float]) -> list[list[int]]:
+    """The fewest groups of consecutive layers in which the highest FVU is at most `LIKE` times the lowest."""
+    groups = []
+    for run in consecutive(list(fvu)):
+        group = [run[0]]
+        for layer in run[1:]:
+            values = [fvu[member] for member in (*group, layer)]
+            if max(values) <= LIKE * min(values):
+                group.append(layer)
+            else:
+                groups.append(group)
+                group = [layer]
+        groups.append(group)
+    return groups
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # a score of a layer: its column's name and format
+    "fvu": ("FVU", format_fvu),
+    "variance_explained": ("Variance explained", format_percent),
+    "fvu_raw": ("FVU, raw outputs", format_fvu),
+    "fvu_linear": ("FVU, best affine map", format_fvu),
+    "mse": ("MSE", format_fvu),
+    "ce_increase": ("Loss increase (nats)", partial(format_nats, sign="+")),
+    "kl": ("KL (nats)", "{:.4f}".format),
+    "loss_recovered": ("Loss recovered", format_percent),
+}
+SUMMARIZED = ("fvu", "variance_explained", "fvu_linear")
+
+
+def measured_columns(scores: Evaluation, names: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Those of these scores that every layer has: name → values by layer."""
+    columns = {name: scores.values(name) for name in names}
+    return {name: values for name, values in columns.items() if len(values) == len(scores.layers)}
+
+
+def summary_table(scores: Evaluation) -> list[list[str]]:
+    """Consecutive layers of like FVU, the best and the hardest marked, then the average."""
+    columns = measured_columns(scores, SUMMARIZED)
+    fvu = columns["fvu"]
+    best, hardest = min(fvu, key=fvu.__getitem__), max(fvu, key=fvu.__getitem__)
+    rows = [["Layers", *(COLUMNS[name][0] for name in columns), "Notes"]]
+    for group in like_layers(fvu):
+        marked = [
+            mark if len(group) == 1 else f"{mark}: layer {layer}"
+            for mark, layer in (("best", best), ("hardest", hardest))
+            if layer in group and len(fvu) > 1
+        ]
+        cells = [format_range((v[layer] for layer in group), COLUMNS[name][1]) for name, v in columns.items()]
+        rows.append([layer_ranges(group), *cells, "; ".join(marked)])
+    if len(fvu) > 1:
+        average = [COLUMNS[name][1](fmean(values.values())) for name, values in columns.items()]
+        rows.append([*(f"**{cell}**" for cell in ("average", *average)), ""])
+    return rows
+
+
+def full_table(scores: Evaluation) -> list[list[str]]:
+    """Every layer, every score that all layers have, and the means."""
+    columns = measured_columns(scores, COLUMNS)
+    rows = [["Layer", *(COLUMNS[name][0] for name in columns)]]
+    for layer in scores.layers:
+        rows.append([str(layer), *(COLUMNS[name][1](values[layer]) for name, values in columns.items())])
+    if len(scores.layers) > 1:
+        rows.append(["mean", *(COLUMNS[name][1](fmean(values.values())) for name, values in columns.items())])
+    return rows
+
+
+def architecture_table(config: BilinearTCConfig, layers: Sequence[int]) -> list[list[str]]:
+    """What all layers have in common, and which MLP one of them stands in for."""
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name, (inputs, outputs, _) in config.maps.items():
+        alike.setdefault((inputs, outputs), []).append(f"`{name}`")
+    maps = [f"{', '.join(names)}: {inputs} → {outputs}" for (inputs, outputs), names in alike.items()]
+    biased = [f"`{name}`" for name, (_, _, bias) in config.maps.items() if bias]
+    if biased:
+        maps.append("each with a bias" if len(biased) == len(config.maps) else f"a bias in {', '.join(biased)} alone")
+    else:
+        maps.append("no biases")
+    parameters = sum(outputs * (inputs + bias) for inputs, outputs, bias in config.maps.values())
+    others = ", likewise in the others" if len(layers) > 1 else ""
+    return [
+        ["Part", "Value"],
+        ["Input width", str(config.n_inputs)],
+        ["Hidden width", str(config.n_hidden)],
+        ["Output width", str(config.n_outputs)],
+        ["Maps", "; ".join(maps)],
+        ["Form", f"`{config.form}`"],
+        ["Parameters a layer", f"{parameters:,}"],
+        *([["Stands in for", f"`{config.mlp_path}` in layer {config.layer_index}{others}"]] if config.mlp_path else []),
+    ]
+
+
+def training_table(settings: dict[str, Any], text_link: str) -> list[list[str]]:
+    """What is known of the fit; what was not recorded is left out.
+
+    Args:
+        settings: the recipe's and those of a layer's config.yaml.
+        text_link: how the card names the text that was fitted on.
+    """
+    fit = settings.get("fit") or {}
+    steps = fit.get("steps", settings.get("max_steps"))
+    starts = {
+        "mlp": "closed form from the base's own MLP, the head solved by least squares",
+        "random": "random (PyTorch's default for linear maps)",
+    }
+    normalizations = {
+        "batch": "inputs and outputs z-scored, per feature, by each batch's own mean and standard deviation",
+        "running": "inputs and outputs z-scored, per feature, by the statistics of all rows seen so far",
+    }
+    seconds = fit.get("seconds")
+    rows = {
+        "Text": text_cell(settings, text_link),
+        "Optimizer steps": f"{steps:,}" if steps is not None else None,
+        "Batch": batch_cell(settings) if steps else None,
+        "Tokens": f"{fit['tokens']:,}" if steps and fit.get("tokens") else None,
+        "Optimizer": optimizer_cell(settings) if steps else None,
+        "Loss": "mean squared error on z-scored outputs" if steps else None,
+        "Start": starts.get(settings.get("init", "")),
+        "Normalization": normalizations.get(settings.get("normalization", "")),
+        "Seed": str(settings["seed"]) if settings.get("seed") is not None else None,
+        "Device": device_cell(fit),
+        "Wall time": f"{format_duration(seconds)} for all layers together, as measured" if seconds else None,
+        "Software": ", ".join(f"{name} {fit[name]}" for name in ("torch", "transformers") if fit.get(name)),
+    }
+    return [["Setting", "Value"], *([label, cell] for label, cell in rows.items() if cell)]
+
+
+def text_cell(settings: dict[str, Any], link: str) -> str:
+    parts = [link]
+    parts += [f"configuration `{settings['dataset_config']}`"] if settings.get("dataset_config") else []
+    parts += [f"split `{settings['split']}`"] if settings.get("split") else []
+    packing = {
+        True: "packed without padding",
+        False: "each document cut to one sequence, padding left out of the loss and of every statistic",
+    }
+    if settings.get("imported") and settings.get("pack") is False:
+        parts.append("each document cut to one sequence, its padding counted like text")
+    elif isinstance(settings.get("pack"), bool):
+        parts.append(packing[settings["pack"]])
+    return ", ".join(parts)
+
+
+def batch_cell(settings: dict[str, Any]) -> str | None:
+    sequences, length = settings.get("batch_size"), settings.get("seq_len")
+    if not sequences or not length:
+        return None
+    return f"{sequences:,} sequences of {length:,} tokens ({sequences * length:,} rows)"
+
+
+def optimizer_cell(settings: dict[str, Any]) -> str | None:
+    names = {
+        "muon": "Muon on the matrices, AdamW on the biases",
+        "normuon": "NorMuon on the matrices, AdamW on the biases",
+        "adamw": "AdamW",
+    }
+    if settings.get("optimizer") not in names:
+        return None
+    labels = {
+        "lr": "learning rate",
+        "bias_lr": "of the biases",
+        "lr_schedule": "schedule",
+        "momentum": "momentum",
+        "weight_decay": "weight decay",
+    }
+    parts = [f"{label} {settings[key]}" for key, label in labels.items() if settings.get(key) is not None]
+    return "; ".join(filter(None, [names[settings["optimizer"]], ", ".join(parts)]))
+
+
+def device_cell(fit: dict[str, Any]) -> str | None:
+    if not fit.get("device"):
+        return None
+    processes = f"{fit['processes']} × " if fit.get("processes", 1) > 1 else ""
+    return f"{processes}{fit['device']}" + (f", computing in {fit['dtype']}" if fit.get("dtype") else "")
