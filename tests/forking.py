@@ -8,6 +8,7 @@ script, this file is the process that the others are forked from.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -167,6 +168,7 @@ def serve() -> None:
     from bilinear_tc.train.base import Base
 
     Base.load("train/quickstart")  # which imports what transformers leaves for later
+    gc.freeze()  # what is here now is nothing that the processes need to look through
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")
     for line in iter(requests.readline, ""):
         request = json.loads(line)
