@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOST = (
     "another process of this launch has ended or cannot be reached (its own error, if it had time for one, is above); "
-    "what was last saved is whole: run the same command to go on"
+    "what was last saved is whole: run the same command to resume"
 )
 
 
