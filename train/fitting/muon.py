@@ -113,7 +113,8 @@ def orthogonalize(
     dtype = dtype or newton_schulz_dtype(matrices)
     unit = torch.empty_like(matrices, dtype=dtype)
     _normalize(matrices, out=unit)
-    return _newton_schulz(unit, COEFFICIENTS[coefficients], restart or restart_interval(*matrices.shape[1:], dtype))
+    rows, cols = matrices.shape[1:]
+    return _newton_schulz(unit, COEFFICIENTS[coefficients], restart or restart_interval(rows, cols, dtype))
 
 
 def _normalize(matrices: Tensor, *, out: Tensor) -> None:
@@ -144,10 +145,9 @@ def _gram_polynomial(gram: Tensor, schedule: list[Polynomial]) -> tuple[float, T
     The multiple of the identity is kept apart: added to M's diagonal it would cost the small entries beside it their
     last digits in half precision.
     """
-    scale, matrix = 1.0, None
     for index, (a, b, c) in enumerate(schedule):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # X ← (a·I + step)·X
-        if matrix is None:
+        if index == 0:
             scale, matrix = a, step
         else:  # (a·I + step)·(q·I + M) = a·q·I + (a·M + q·step) + step·M
             matrix = torch.baddbmm(torch.add(a * matrix, step, alpha=scale), step, matrix)
