@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilinear_tc.train.fitting.muon import COEFFICIENTS, Muon, flops, orthogonalize, polynomials, restart_interval
+from bilinear_tc.train.fitting.muon import COEFFICIENTS, Muon, flops, orthogonalize, restart_interval
 
 FLOAT32_ROUNDOFF = 2.0**-24
-CLASSIC = (3.4445, -4.7750, 2.0315)
+CLASSIC = [(3.4445, -4.7750, 2.0315)] * 5
 SPECTRA = ("gaussian", "condition 1e6", "power law", "rank 3", "one dominant", "positive")
 
 
@@ -108,21 +108,14 @@ def minimax_quintic(lower: float, upper: float) -> np.ndarray:
 
 def test_polar_express_is_the_sequence_of_minimax_polynomials():
     lower, upper, cushion = 1e-3, 1.0, 0.02407327424182761
-    for step in range(7):
+    for step in range(5):
         odd = minimax_quintic(max(lower, cushion * upper), upper)
         ends = [float(odd @ [x, x**3, x**5]) for x in (lower, upper)]
         odd = odd * 2 / sum(ends)  # as far above 1 at the upper end as below it at the lower
         lower, upper = sorted(2 * end / sum(ends) for end in ends)
         np.testing.assert_allclose(COEFFICIENTS["polar_express"][step], odd / 1.01 ** np.array([1, 3, 5]), rtol=1e-9)
-    assert COEFFICIENTS["polar_express"][7] == (15 / 8, -10 / 8, 3 / 8)
-
-
-def test_coefficients_may_be_named_shared_by_all_steps_or_one_a_step():
-    other = (2.0, -1.5, 0.5)
-    assert polynomials("classic", 3) == [CLASSIC] * 3
-    assert polynomials(CLASSIC, 2) == [CLASSIC] * 2
-    assert polynomials([CLASSIC, other], 4) == [CLASSIC, other, other, other]
-    assert polynomials("polar_express", 9)[7:] == [(1.875, -1.25, 0.375)] * 2
+    assert len(COEFFICIENTS["polar_express"]) == 5
+    assert COEFFICIENTS["classic"] == CLASSIC
 
 
 # --- orthogonalize ----------------------------------------------------------------------------------------------
@@ -130,19 +123,13 @@ def test_coefficients_may_be_named_shared_by_all_steps_or_one_a_step():
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("restart", [None, 1, 2, 3, 5])
-@pytest.mark.parametrize("shape", [(3, 24, 8), (3, 8, 24), (2, 9, 9), (1, 1, 7), (2, 7, 1), (10, 6), (2, 2, 4, 9)])
+@pytest.mark.parametrize("shape", [(3, 24, 8), (3, 8, 24), (2, 9, 9), (1, 1, 7), (2, 7, 1)])
 def test_every_form_is_the_polynomial_of_the_singular_values(shape, restart, coefficients):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     before = x.clone()
     actual = orthogonalize(x, coefficients=coefficients, restart=restart)
-    torch.testing.assert_close(actual, exact(x, polynomials(coefficients, 5)), rtol=0, atol=1e-11)
+    torch.testing.assert_close(actual, exact(x, COEFFICIENTS[coefficients]), rtol=0, atol=1e-11)
     assert torch.equal(x, before)
-
-
-def test_the_last_polynomial_is_repeated_and_singular_values_converge_to_one():
-    x = matrix("gaussian", 12, 30)
-    s = torch.linalg.svdvals(orthogonalize(x, steps=12, coefficients="polar_express"))
-    torch.testing.assert_close(s, torch.ones_like(s), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
@@ -150,7 +137,7 @@ def test_the_last_polynomial_is_repeated_and_singular_values_converge_to_one():
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64)])
 def test_float32_is_exact_to_its_rounding_on_ill_conditioned_matrices(shape, spectrum, restart, coefficients):
-    schedule = polynomials(coefficients, 5)
+    schedule = COEFFICIENTS[coefficients]
     # The composed polynomial enlarges no rounding error more than its slope at 0, the product of all a. The Gram form
     # enlarges an error of G by a² a step, but only for two steps: no more. Eight roundings: those of a step's products.
     slope = math.prod(a for a, _, _ in schedule)
@@ -166,7 +153,7 @@ def test_zero_stays_zero_beside_a_matrix_that_is_not(shape):
     x[1, 0, 0] = -1e-6
     actual = orthogonalize(x)
     assert torch.equal(actual[0], torch.zeros(shape[1:]))
-    expected = exact(x[1:], [CLASSIC] * 5)[0]
+    expected = exact(x[1:], CLASSIC)[0]
     torch.testing.assert_close(actual[1].double(), expected, rtol=0, atol=1e-5)
 
 
@@ -175,7 +162,7 @@ def test_zero_stays_zero_beside_a_matrix_that_is_not(shape):
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64)])
 def test_float16_gram_form_stays_near_the_exact_result(shape, spectrum, coefficients):
     x = matrix(spectrum, *shape).float()[None]
-    expected = exact(x, polynomials(coefficients, 5))
+    expected = exact(x, COEFFICIENTS[coefficients])
     with TensorCores():
         half = orthogonalize(x, coefficients=coefficients, dtype=torch.float16)
         brain = orthogonalize(x, coefficients=coefficients, dtype=torch.bfloat16)
@@ -190,16 +177,16 @@ def test_float16_gram_form_stays_near_the_exact_result(shape, spectrum, coeffici
 
 def test_half_precision_needs_the_restart():
     x = matrix("one dominant", 64, 256).float()[None]
-    expected = exact(x, [CLASSIC] * 5)
+    expected = exact(x, CLASSIC)
     with TensorCores():
         without, with_restart = (orthogonalize(x, dtype=torch.float16, restart=steps) for steps in (5, 3))
     assert relative_error(without, expected) > 10 * relative_error(with_restart, expected)
 
 
 def test_a_gradient_below_float16s_range_is_not_lost():
-    x = 1e-6 * matrix("gaussian", 16, 64).float()[None] / 16
+    x = 2e-7 * matrix("gaussian", 16, 64).float()[None]
     with TensorCores():
-        assert relative_error(orthogonalize(x, eps=0.0, dtype=torch.float16), exact(x, [CLASSIC] * 5)) < 0.05
+        assert relative_error(orthogonalize(x, dtype=torch.float16), exact(x, CLASSIC)) < 0.05
 
 
 @pytest.mark.parametrize("restart", [1, 2, 3, 5])
@@ -216,6 +203,7 @@ def test_the_form_chosen_is_the_cheaper_one(large):
     assert flops(large, 8, restart=chosen) == min(flops(large, 8, restart=1), flops(large, 8, restart=3))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     x = torch.randn(3, 16, 40)
     compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
@@ -224,7 +212,7 @@ def test_compiles_into_one_graph():
 
 # --- the optimiser ----------------------------------------------------------------------------------------------
 
-SHAPES = [(3, 20, 8), (2, 20, 8), (3, 8, 20), (12, 10)]  # left, right, head, a single matrix
+SHAPES = [(3, 20, 8), (2, 20, 8), (3, 8, 20), (1, 12, 10)]  # left, right, head, a single matrix
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[torch.nn.Parameter]:
@@ -244,9 +232,7 @@ def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter
         optimizer.step()
 
 
-def reference_steps(
-    params: list[Tensor], steps: range, *, lr, weight_decay, momentum=0.95, nesterov=True, adjust_lr="original"
-) -> list[Tensor]:
+def reference_steps(params: list[Tensor], steps: range, *, lr, weight_decay, momentum=0.95) -> list[Tensor]:
     """Muon's formulas in float64, one matrix at a time, orthogonalised through its singular values."""
     params = [param.detach().double().clone() for param in params]
     buffers = [torch.zeros_like(param) for param in params]
@@ -254,22 +240,17 @@ def reference_steps(
         twins = [torch.nn.Parameter(param.float()) for param in params]
         set_gradients(twins, step)
         for param, buffer, twin in zip(params, buffers, twins, strict=True):
-            rows, cols = param.shape[-2:]
-            adjust = math.sqrt(max(1, rows / cols)) if adjust_lr == "original" else 0.2 * math.sqrt(max(rows, cols))
+            rows, cols = param.shape[1:]
+            adjust = math.sqrt(max(1, rows / cols))
             buffer.copy_(momentum * buffer + (1 - momentum) * twin.grad.double())
-            update = (1 - momentum) * twin.grad.double() + momentum * buffer if nesterov else buffer
-            for w, u in zip(param.view(-1, rows, cols), update.view(-1, rows, cols), strict=True):
-                w.copy_(w - lr * weight_decay * w - lr * adjust * exact(u, [CLASSIC] * 5))
+            update = (1 - momentum) * twin.grad.double() + momentum * buffer
+            for w, u in zip(param, update, strict=True):
+                w.copy_(w - lr * weight_decay * w - lr * adjust * exact(u, CLASSIC))
     return params
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"lr": 0.02, "weight_decay": 0.01},
-        {"lr": 0.1, "weight_decay": 0.0, "nesterov": False},
-        {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5, "adjust_lr": "match_rms_adamw"},
-    ],
+    "options", [{"lr": 0.02, "weight_decay": 0.01}, {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5}]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 def test_steps_equal_a_float64_loop_over_single_matrices(dtype, tolerance, options):
@@ -281,14 +262,12 @@ def test_steps_equal_a_float64_loop_over_single_matrices(dtype, tolerance, optio
         torch.testing.assert_close(actual.detach().double(), reference, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_each_layer_steps_as_torch_optim_muon_does_within_its_bfloat16_rounding(nesterov, adjust_lr):
-    lr, shared = 0.02, {"weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov}
+def test_each_layer_steps_as_torch_optim_muon_does_within_its_bfloat16_rounding():
+    lr, shared = 0.02, {"weight_decay": 0.1, "momentum": 0.95}
     params = parameters(shapes=[(3, 96, 24), (2, 24, 96)])
     layers = [torch.nn.Parameter(layer.clone()) for param in params for layer in param.detach()]
-    ours = Muon(params, lr, adjust_lr=adjust_lr, **shared)
-    torchs = torch.optim.Muon(layers, lr, adjust_lr_fn=adjust_lr, **shared)
+    ours = Muon(params, lr, **shared)
+    torchs = torch.optim.Muon(layers, lr, **shared)
     rounding, travelled = [0.0] * len(layers), [0.0] * len(layers)
     for step in range(3):
         set_gradients(params, step)
@@ -297,11 +276,10 @@ def test_each_layer_steps_as_torch_optim_muon_does_within_its_bfloat16_rounding(
         ours.step()
         torchs.step()
         for index, layer in enumerate(layers):
-            buffer = torchs.state[layer]["momentum_buffer"]
-            update = torch.lerp(layer.grad, buffer, 0.95) if nesterov else buffer
+            update = torch.lerp(layer.grad, torchs.state[layer]["momentum_buffer"], 0.95)
             rows, cols = layer.shape
-            adjust = math.sqrt(max(1, rows / cols)) if adjust_lr == "original" else 0.2 * math.sqrt(max(rows, cols))
-            expected = exact(update, [CLASSIC] * 5)
+            adjust = math.sqrt(max(1, rows / cols))
+            expected = exact(update, CLASSIC)
             rounding[index] += lr * adjust * float((torch_orthogonalize(update) - expected).norm())
             travelled[index] += lr * adjust * float(expected.norm())
     matrices = [layer for param in params for layer in param.detach()]
@@ -312,31 +290,29 @@ def test_each_layer_steps_as_torch_optim_muon_does_within_its_bfloat16_rounding(
 
 
 def test_normuon_is_the_papers_algorithm():
-    lr, weight_decay, beta1, beta2 = 0.03, 0.1, 0.9, 0.8
-    params = parameters(torch.float64, shapes=[(2, 12, 5), (5, 12)])
-    layers = [layer.clone() for param in params for layer in param.detach().reshape(-1, *param.shape[-2:])]
+    lr, weight_decay, beta1, beta2 = 0.03, 0.1, 0.9, 0.95
+    params = parameters(torch.float64, shapes=[(2, 12, 5), (1, 5, 12)])
+    layers = [layer.clone() for param in params for layer in param.detach()]
     momenta = [torch.zeros_like(layer) for layer in layers]
     squares = [torch.zeros(len(layer), dtype=torch.float64) for layer in layers]
-    optimizer = Muon(
-        params, lr, weight_decay=weight_decay, momentum=beta1, nesterov=False, variant="normuon", beta2=beta2
-    )
+    optimizer = Muon(params, lr, weight_decay=weight_decay, momentum=beta1, variant="normuon")
     for step in range(3):
         set_gradients(params, step)
         optimizer.step()
-        gradients = [layer for param in params for layer in param.grad.reshape(-1, *param.shape[-2:])]
+        gradients = [layer for param in params for layer in param.grad]
         for w, m, v, gradient in zip(layers, momenta, squares, gradients, strict=True):
             m.copy_(beta1 * m + (1 - beta1) * gradient)
-            o = exact(m, [CLASSIC] * 5)
+            o = exact(beta1 * m + (1 - beta1) * gradient, CLASSIC)  # the paper has no Nesterov momentum: m itself
             v.copy_(beta2 * v + (1 - beta2) * (o * o).mean(1))
             o = o / (v.sqrt()[:, None] + 1e-8)
             w.copy_(w - lr * weight_decay * w - 0.2 * lr * math.sqrt(o.numel()) / o.norm() * o)
-    actual = [layer for param in params for layer in param.detach().reshape(-1, *param.shape[-2:])]
+    actual = [layer for param in params for layer in param.detach()]
     for layer, reference in zip(actual, layers, strict=True):
         torch.testing.assert_close(layer, reference, rtol=0, atol=1e-10)
 
 
 def test_parameters_of_one_shape_share_one_newton_schulz():
-    params = parameters(shapes=[(3, 20, 8), (3, 8, 20), (2, 20, 8), (20, 8)])
+    params = parameters(shapes=[(3, 20, 8), (3, 8, 20), (2, 20, 8), (1, 20, 8)])
     optimizer = Muon(params)
     set_gradients(params, 0)
     with Products() as products:
@@ -360,7 +336,7 @@ def test_a_parameter_without_gradient_is_left_alone():
 @pytest.mark.parametrize("variant", ["muon", "normuon"])
 def test_state_dict_goes_on_bit_for_bit(variant, tmp_path: Path):
     params = parameters()
-    optimizer = Muon(params, variant=variant)
+    optimizer = Muon([{"params": params, "lr": 0.02, "peak_lr": 0.02}], variant=variant)
     take_steps(optimizer, params, range(3))
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
@@ -372,28 +348,17 @@ def test_state_dict_goes_on_bit_for_bit(variant, tmp_path: Path):
     assert copy.deepcopy(resumed).state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr must be 0 or more, not -1.0"),
-        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
-        ({"adjust_lr": "none"}, "original, match_rms_adamw"),
-        ({"variant": "adamuon"}, "muon, normuon"),
-        ({"coefficients": "newton"}, "classic, polar_express"),
-        ({"coefficients": [(1.0, 2.0)]}, "triples"),
-        ({"steps": 0}, "at least one step"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("options", [{"variant": "adamuon"}, {"coefficients": "newton"}])
+def test_bad_options_are_named(options):
+    (name,) = options.values()
+    with pytest.raises(ValueError, match=rf"one of classic, polar_express and .* of muon, normuon, not .*{name}"):
         Muon(parameters(), **options)
 
 
-def test_biases_and_bad_batches_are_refused():
-    with pytest.raises(ValueError, match=r"not \[7\] of torch.float32; give biases to torch.optim.AdamW"):
-        Muon([torch.nn.Parameter(torch.zeros(7))])
-    with pytest.raises(ValueError, match=r"not the shape \[3\]"):
-        orthogonalize(torch.zeros(3))
+@pytest.mark.parametrize("param", [torch.zeros(7), torch.zeros(2, 7), torch.zeros(2, 3, 4, dtype=torch.complex64)])
+def test_other_parameters_than_stacks_of_real_matrices_are_refused(param):
+    with pytest.raises(ValueError, match=rf"not \[{param.shape[0]}.*\] of {param.dtype}; give biases to torch.optim"):
+        Muon([torch.nn.Parameter(param)])
 
 
 # --- several processes ------------------------------------------------------------------------------------------
@@ -420,6 +385,7 @@ def _work(rank: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_and_three_processes_share_the_work_and_end_as_one_does(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")

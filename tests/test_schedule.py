@@ -23,14 +23,6 @@ def test_wsd_warms_up_for_a_hundredth_and_decays_over_the_last_fifth():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_given_warmup_multiplies_every_schedule(name):
-    plain = [schedule(name, step, 50, warmup=0) for step in range(50)]
-    warmed = [schedule(name, step, 50, warmup=4) for step in range(50)]
-    assert warmed == pytest.approx([min(1, (step + 1) / 4) * factor for step, factor in enumerate(plain)])
-    assert plain[0] == 1.0
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_factor_of_a_short_fit_is_above_zero_and_at_most_one(name):
     assert all(0 < schedule(name, step, n) <= 1 for n in (1, 2, 3, 99) for step in range(n))
 

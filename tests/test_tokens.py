@@ -6,25 +6,23 @@ import io
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from itertools import accumulate, islice
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.text import batches as tokens
-from bilinear_tc.train.text.batches import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text.batches import TokenBatch, TokenBatches
 from bilinear_tc.train.text.documents import Documents, TextError
+from bilinear_tc.train.text.source import SharedBatches
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "train" / "quickstart"
 
@@ -98,11 +96,6 @@ def padded(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -
 def joined(batches: Iterator[TokenBatch], count: int | None = None) -> torch.Tensor:
     """All sequences of the next `count` batches, [sequences, seq_len]."""
     return torch.cat([batch.input_ids for batch in islice(batches, count)])
-
-
-def children() -> list[psutil.Process]:
-    """The tokenising processes of this process."""
-    return [child for child in psutil.Process().children() if "encode" in " ".join(child.cmdline())]
 
 
 def stored(state: dict, weights_only: bool = True) -> dict:
@@ -264,10 +257,10 @@ batches = TokenBatches(
 )
 batches.load_state_dict(torch.load(folder + "/state.pt", weights_only=True))
 torch.save(torch.cat([next(batches).input_ids for _ in range(20)]), folder + "/read.pt")
-print([process.pid for process in __import__("psutil").Process().children()])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_resumes_and_ends_without_being_closed(tmp_path: Path, texts, tokenizer) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -284,31 +277,20 @@ def test_a_fresh_process_resumes_and_ends_without_being_closed(tmp_path: Path, t
     assert "Traceback" not in done.stderr
     assert "parallelism" not in done.stderr
     assert torch.equal(torch.load(tmp_path / "read.pt"), expected)
-    workers = json.loads(done.stdout)
-    assert len(workers) == 2
-    assert_gone(workers)
-
-
-def assert_gone(pids: list[int]) -> None:
-    """Processes end soon, though not at once."""
-    for _ in range(200):
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
-            return
-        time.sleep(0.05)
-    pytest.fail(f"some of the processes {pids} are still there")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_was_read_before_a_failure_is_handed_out(texts, tokenizer, workers: int, small_chunks) -> None:
     broken = [*texts[:5], TextError("line 3 of b.jsonl is not JSON"), *texts[5:]]
     expected = packed(texts[:5], tokenizer, 32)
+    threads = threading.active_count()
     with TokenBatches(Listed(broken), tokenizer, seq_len=32, batch_size=1, workers=workers) as batches:
         assert torch.equal(joined(batches, len(expected)), expected)
         for _ in range(2):
             with pytest.raises(TextError, match="line 3"):
                 next(batches)
         state = stored(batches.state_dict())
-        assert not children()
+    assert threading.active_count() == threads
     mended = Listed(broken[:5] + broken[6:])
     with TokenBatches(mended, tokenizer, seq_len=32, batch_size=1, workers=0, epochs=1) as batches:
         batches.load_state_dict(state)
@@ -322,25 +304,6 @@ def test_too_little_text_is_said(tokenizer, pack: bool, epochs: int | None) -> N
     batches = TokenBatches(documents, tokenizer, seq_len=8, batch_size=64, pack=pack, workers=0, epochs=epochs)
     with batches, pytest.raises(TextError, match=r"holds \d sequences of 8 tokens, fewer than one batch of 64"):
         next(batches)
-
-
-def test_a_lost_worker_is_said_and_nothing_is_left_behind(texts, tokenizer, small_chunks) -> None:
-    threads = threading.active_count()
-    with TokenBatches(Listed(texts), tokenizer, seq_len=32, batch_size=2, workers=2, prefetch=1) as batches:
-        first = joined(batches, 3)
-        assert len(children()) == 2
-        children()[0].send_signal(signal.SIGKILL)
-        with pytest.raises(TextError, match=r"worker process ended unexpectedly \(exit status -9;"):
-            joined(batches, 10_000)
-        assert not children()
-        state = batches.state_dict()
-    assert threading.active_count() == threads
-    with TokenBatches(Listed(texts), tokenizer, seq_len=32, batch_size=2, workers=2) as batches:
-        assert torch.equal(joined(batches, 3), first)
-        batches.load_state_dict(state)
-        next(batches)
-    assert not children()
-    assert threading.active_count() == threads
 
 
 def test_a_failing_tokenizer_is_said(tokenizer) -> None:
@@ -359,32 +322,7 @@ def test_closing_pauses_the_iteration(texts, tokenizer, small_chunks) -> None:
         assert torch.equal(joined(batches, 3), expected[start : start + 12])
         batches.close()
         batches.close()
-        assert not children()
         assert threading.active_count() == threads
-
-
-KILLED = """
-import sys, time
-from types import SimpleNamespace
-import psutil
-from tokenizers import Tokenizer
-from bilinear_tc.train.text.encode import Encoder, EncoderPool, Piece
-
-tokenizer = SimpleNamespace(eos_token_id=0, backend_tokenizer=Tokenizer.from_file(sys.argv[1]))
-pool = EncoderPool(Encoder(tokenizer), 2)
-(ids, _), = pool.encode([([Piece("text")], None)])
-print([process.pid for process in psutil.Process().children()], flush=True)
-time.sleep(600)
-"""
-
-
-def test_workers_end_when_their_parent_is_killed() -> None:
-    command = [sys.executable, "-c", KILLED, str(QUICKSTART / "tokenizer.json")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        workers = json.loads(parent.stdout.readline())
-        parent.kill()
-    assert len(workers) == 2
-    assert_gone(workers)
 
 
 @pytest.mark.parametrize(
@@ -406,15 +344,15 @@ def test_impossible_arguments_are_refused(tokenizer, arguments: dict[str, int]) 
 
 def test_tokenizers_without_an_end_of_text_are_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(QUICKSTART / "tokenizer.json"))
-    with pytest.raises(ValueError, match="must have an end-of-text token"):
+    with pytest.raises(UserError, match="must have an end-of-text token"):
         TokenBatches(Listed(["a"]), tokenizer, seq_len=8, batch_size=2)
 
 
 def test_positions_of_other_sequences_are_refused(texts, tokenizer) -> None:
     state = TokenBatches(Listed(texts), tokenizer, seq_len=8, batch_size=2).state_dict()
-    with pytest.raises(ValueError, match="saved with seq_len 8, but seq_len is 16 now"):
+    with pytest.raises(UserError, match="saved with seq_len 8, but seq_len is 16 now"):
         TokenBatches(Listed(texts), tokenizer, seq_len=16, batch_size=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="saved with pack True, but pack is False now"):
+    with pytest.raises(UserError, match="saved with pack True, but pack is False now"):
         TokenBatches(Listed(texts), tokenizer, seq_len=8, batch_size=2, pack=False).load_state_dict(state)
 
 
@@ -426,36 +364,36 @@ def test_positions_in_other_text_are_refused(tmp_path: Path, tokenizer) -> None:
         there.load_state_dict(here.state_dict())
 
 
-def test_one_process_shares_with_nobody(texts, tokenizer, accelerator: Accelerator) -> None:
-    with SharedBatches(
-        TokenBatches(Listed(texts), tokenizer, seq_len=32, batch_size=3, workers=0), accelerator
-    ) as shared:
+def test_one_process_shares_with_nobody(texts, tokenizer) -> None:
+    batches = TokenBatches(Listed(texts), tokenizer, seq_len=32, batch_size=3, workers=0)
+    with SharedBatches(batches, torch.device("cpu")) as shared:
         assert torch.equal(next(shared).input_ids, packed(texts, tokenizer, 32)[:3])
         state = stored(shared.state_dict())
         expected = next(shared).input_ids
         shared.load_state_dict(state)
         assert torch.equal(next(shared).input_ids, expected)
     with pytest.raises(ValueError, match="must be given on the main process"):
-        SharedBatches(None, accelerator)
+        SharedBatches(None, torch.device("cpu"))
 
 
 SHARE = """
 import json, sys, torch
-from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 from bilinear_tc.train.text.documents import Documents
-from bilinear_tc.train.text.batches import SharedBatches, TokenBatches
+from bilinear_tc.train.text.batches import TokenBatches
+from bilinear_tc.train.text.source import SharedBatches
 
 folder, base = sys.argv[1:]
-accelerator = Accelerator(cpu=True)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
 tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
 
 
 def shared(name, **arguments):
-    if not accelerator.is_main_process:
-        return SharedBatches(None, accelerator)
-    batches = TokenBatches(Documents(f"{folder}/{name}.jsonl"), tokenizer, workers=0, **arguments)
-    return SharedBatches(batches, accelerator)
+    batches = None
+    if rank == 0:
+        batches = TokenBatches(Documents(f"{folder}/{name}.jsonl"), tokenizer, workers=0, **arguments)
+    return SharedBatches(batches, torch.device("cpu"))
 
 
 read = {}
@@ -474,8 +412,8 @@ for name, arguments in json.loads(open(f"{folder}/cases.json").read()).items():
             batches.load_state_dict(state)
             again = next(batches).input_ids
         read[name] = (shares, ended, again)
-torch.save(read, f"{folder}/read-{accelerator.process_index}.pt")
-accelerator.end_training()
+torch.save(read, f"{folder}/read-{rank}.pt")
+torch.distributed.destroy_process_group()
 """
 
 
@@ -485,6 +423,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tokenizer) -> None:
     """Two processes: batches of 7 and 5 leave them uneven shares, batches of 1 leave one of them none."""
     processes = 2
@@ -502,15 +441,11 @@ def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tok
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", SHARE, str(tmp_path), str(QUICKSTART)]
     running = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(processes)
     ]
     for process in running:

@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed
+from transformers import PreTrainedTokenizerBase
 
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.processes import available_cores
 from bilinear_tc.train.text.documents import TextError
-from bilinear_tc.train.text.encode import EncodeError, Encoder, EncoderPool, Piece
-
-if TYPE_CHECKING:
-    import accelerate
-    from transformers import PreTrainedTokenizerBase
+from bilinear_tc.train.text.encode import Encoder, Piece
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Enough text for a worker's round trip not to count; the same for any number of workers, whose results must not differ.
+# Enough text that handing it to a thread costs nothing beside tokenizing it.
 CHUNK_CHARACTERS = 1 << 17
-# A longer document is tokenised in pieces, so that one giant file neither fills the memory nor a checkpoint.
+# A longer document is tokenized in pieces, so that one giant file neither fills the memory nor a checkpoint.
 PIECE_CHARACTERS = 1 << 20
 CLOSE_SECONDS = 10.0
-_UNMASKED, _MASKED, _END, _FAILURE = range(4)  # what the main process announces to the others
 
 
 class DocumentStream(Protocol):
-    """What `TokenBatches` needs of its documents; `text.Documents` is one."""
+    """What `TokenBatches` needs of its documents; `Documents` is one."""
 
     def __iter__(self) -> Iterator[str]: ...
     def state_dict(self) -> dict: ...
@@ -49,7 +45,7 @@ class TokenBatch:
 
     Attributes:
         input_ids: [sequences, seq_len] int64.
-        mask: [sequences, seq_len] bool, False on padding; None where every position is text.
+        mask: [sequences, seq_len] bool, False on padding; None if every position is text.
     """
 
     input_ids: torch.Tensor
@@ -74,7 +70,7 @@ class _Position:
     documents: dict  # the documents' own position, before the document that is read next …
     offset: int  # … of which this many characters have been read
     epoch: int  # full passes so far
-    generator: dict  # of the shuffle's generator
+    generator: Mapping[str, Any]  # state of the shuffle's generator
     tokens: np.ndarray  # too few for a sequence yet
     pool: list[np.ndarray] = field(default_factory=list)  # sequences held back by the shuffle
     drawn: list[np.ndarray] = field(default_factory=list)  # sequences not yet in a batch
@@ -83,9 +79,9 @@ class _Position:
 class TokenBatches:
     """An iterator of batches of `batch_size` sequences of `seq_len` tokens, made ahead by a thread.
 
-    Text is read by the thread, tokenised by worker processes and packed: documents follow one another, with an end of
-    text after each, and are cut into sequences without padding. The batches depend on the arguments before `workers`
-    alone. Processes and thread start with the first batch and end with `close`, the text or a failure.
+    Text is read by the thread, tokenized by others and packed: documents follow one another, with an end of text after
+    each, and are cut into sequences without padding. The batches depend on the arguments before `workers` alone. The
+    threads start with the first batch and end with `close`, the text or a failure.
 
     Args:
         documents: where the text comes from; belongs to this object while it iterates.
@@ -96,16 +92,16 @@ class TokenBatches:
         shuffle_buffer: how many sequences are held back; each that follows takes the place of one drawn at random.
             At the end of a pass the rest is drawn too, so that a pass holds each sequence once. 0: no shuffle.
         seed: of the shuffle.
-        workers: tokenising processes; 0: the thread tokenises; None: two fewer than there are cores, at most 8.
+        workers: tokenizing threads, as `Encoder` has them; None: two fewer than there are cores, at most 8.
         prefetch: how many batches are made ahead.
         pin_memory: hand batches out in page-locked memory, for asynchronous copies to a GPU.
         epochs: how many passes over the text to make; None: no end, with one warning at the start of the second.
             Sequences that do not fill a batch go into the next pass, and are left out after the last.
 
     Raises:
-        ValueError: here, if the tokenizer has no end of text or an argument is out of range.
-        TextError: while iterating, if the text is unreadable or too little for one batch, or a worker process was
-            lost. The batches before it are handed out first, and `state_dict` stays at the last of them.
+        ValueError: here, if the tokenizer has no end of text (a UserError) or an argument is out of range.
+        TextError: while iterating, if the text is unreadable or too little for one batch, or the tokenizer fails. The
+            batches before it are handed out first, and `state_dict` stays at the last of them.
     """
 
     def __init__(
@@ -135,11 +131,12 @@ class TokenBatches:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
         self.seq_len, self.batch_size, self.pack = seq_len, batch_size, pack
         self._documents = documents
-        self._encoder = Encoder(tokenizer, truncate=None if pack else seq_len)
+        # Tokenizing must not starve the fit.
+        threads = max(0, min(8, available_cores() - 2)) if workers is None else workers
+        self._encoder = Encoder(tokenizer, None if pack else seq_len, threads)
         self._shuffle_buffer = shuffle_buffer
-        self._workers = default_workers() if workers is None else workers
         self._prefetch, self._pin_memory, self._epochs = prefetch, pin_memory, epochs
-        self._producer: _Producer | None = None
+        self._producer: _Producer[tuple[TokenBatch, _Position]] | None = None
         self._start = documents.state_dict()
         self._position = _Position(
             documents=self._start,
@@ -165,7 +162,7 @@ class TokenBatches:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread and the worker processes. Iterating again goes on after the last batch handed out."""
+        """Ends the threads. Iterating again goes on after the last batch handed out."""
         if self._producer is not None:
             self._producer.close()
             self._producer = None
@@ -189,12 +186,12 @@ class TokenBatches:
         """Go on from a position that `state_dict` gave, with the same batches as if there had been no break.
 
         Raises:
-            ValueError: if the position is of sequences of another kind.
+            UserError: if the position is of sequences of another kind.
             TextError: if it is of other text.
         """
         for name, value in (("seq_len", self.seq_len), ("pack", self.pack)):
             if state[name] != value:
-                raise ValueError(f"the text position was saved with {name} {state[name]}, but {name} is {value} now")
+                raise UserError(f"the text position was saved with {name} {state[name]}, but {name} is {value} now")
         self.close()
         self._documents.load_state_dict(state["documents"])
         self._position = _Position(
@@ -207,36 +204,28 @@ class TokenBatches:
             drawn=_split(state["drawn"]),
         )
 
-    def _batches(self, position: _Position) -> Iterator[tuple[TokenBatch, _Position]]:
+    def _batches(self, position: _Position) -> Generator[tuple[TokenBatch, _Position], None, None]:
         """Batches from a position on, each with the position after it."""
-        pool = EncoderPool(self._encoder, self._workers)
-        try:
-            yield from self._passes(position, pool)
-        except EncodeError as error:
-            raise TextError(str(error)) from error
-        finally:
-            pool.close()
-
-    def _passes(self, position: _Position, encoders: EncoderPool) -> Iterator[tuple[TokenBatch, _Position]]:
         shuffle = _Shuffle(self._shuffle_buffer, position.pool, position.generator)
         whole = position.documents == self._start and not position.offset and not position.epoch
         self._documents.load_state_dict(position.documents)
         position = yield from self._full_batches(position)
         while self._epochs is None or position.epoch < self._epochs:
             sequences_in_pass = 0
-            for ids, (documents, offset) in encoders.encode(self._chunks(position.offset)):
-                sequences, tokens = self._cut(position.tokens, ids)
-                sequences_in_pass += len(sequences)
-                position = replace(
-                    position,
-                    documents=documents,
-                    offset=offset,
-                    tokens=tokens,
-                    drawn=position.drawn + shuffle.exchange(sequences),
-                    pool=list(shuffle.pool),
-                    generator=shuffle.generator,
-                )
-                position = yield from self._full_batches(position)
+            with contextlib.closing(self._encoder.encode(self._chunks(position.offset))) as encoded:
+                for ids, (documents, offset) in encoded:
+                    sequences, tokens = self._cut(position.tokens, ids)
+                    sequences_in_pass += len(sequences)
+                    position = replace(
+                        position,
+                        documents=documents,
+                        offset=offset,
+                        tokens=tokens,
+                        drawn=position.drawn + shuffle.exchange(sequences),
+                        pool=list(shuffle.pool),
+                        generator=shuffle.generator,
+                    )
+                    position = yield from self._full_batches(position)
             if whole and sequences_in_pass < self.batch_size:
                 raise TextError(
                     f"the text is too short: it holds {sequences_in_pass} sequences of {self.seq_len} tokens, fewer"
@@ -317,14 +306,14 @@ class TokenBatches:
 class _Shuffle:
     """A pool of `size` sequences, each of which leaves it when another draws its place."""
 
-    def __init__(self, size: int, pool: list[np.ndarray], generator: dict) -> None:
+    def __init__(self, size: int, pool: list[np.ndarray], generator: Mapping[str, Any]) -> None:
         self._size = size
         self.pool = list(pool)
         self._generator = np.random.default_rng()
         self._generator.bit_generator.state = generator
 
     @property
-    def generator(self) -> dict:
+    def generator(self) -> Mapping[str, Any]:
         return self._generator.bit_generator.state
 
     def exchange(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
@@ -347,7 +336,7 @@ class _Shuffle:
         return drawn
 
 
-class _Producer:
+class _Producer(Generic[T]):
     """Runs an iterator in a thread, up to `ahead` items ahead of who takes them."""
 
     def __init__(self, items: Generator[T, None, None], ahead: int) -> None:
@@ -384,106 +373,6 @@ class _Producer:
             self._queue.put(StopIteration())
         except BaseException as error:
             self._queue.put(error)
-
-
-class SharedBatches:
-    """The main process's batches on every process: each iterates, and gets its own share of every batch's sequences.
-
-    Shares are contiguous, in the order of the processes, and differ by one sequence at most; one may be empty. They lie
-    on the accelerator's device. If the text ends or fails, it does so on all processes at once.
-
-    Batches travel over a gloo group of their own, between CPUs: they are small, and no device has to be waited for.
-
-    Args:
-        batches: on the main process; None on the others.
-        accelerator: tells the processes and the device.
-
-    Raises:
-        TextError: while iterating, on the other processes if the main process's batches fail in any way (there what
-            was raised is raised).
-    """
-
-    def __init__(self, batches: TokenBatches | None, accelerator: accelerate.Accelerator) -> None:
-        if (batches is None) == accelerator.is_main_process:
-            raise ValueError("batches must be given on the main process, and be None on the others")
-        self._batches = batches
-        self._device = accelerator.device
-        self._rank, self._processes = accelerator.process_index, accelerator.num_processes
-        self._group = torch.distributed.new_group(backend="gloo") if self._processes > 1 else None
-
-    def __iter__(self) -> SharedBatches:
-        return self
-
-    def __next__(self) -> TokenBatch:
-        if self._group is None:
-            return next(self._batches).to(self._device)
-        batch = self._receive() if self._batches is None else self._send()
-        return self._share(batch).to(self._device)
-
-    def __enter__(self) -> SharedBatches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the main process's thread and workers."""
-        if self._batches is not None:
-            self._batches.close()
-
-    def state_dict(self) -> dict:
-        """The position of the main process's batches; empty on the others."""
-        return {} if self._batches is None else self._batches.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a position, on the main process; nothing to do on the others, which may pass an empty one."""
-        if self._batches is not None:
-            self._batches.load_state_dict(state)
-
-    def _send(self) -> TokenBatch:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            self._broadcast(torch.tensor([_END, 0, 0]))
-            raise
-        except Exception as error:
-            message = torch.frombuffer(bytearray(str(error).encode() or b"?"), dtype=torch.uint8)
-            self._broadcast(torch.tensor([_FAILURE, len(message), 0]))
-            self._broadcast(message)
-            raise
-        kind = _UNMASKED if batch.mask is None else _MASKED
-        self._broadcast(torch.tensor([kind, *batch.input_ids.shape]))
-        self._broadcast(batch.input_ids)
-        if batch.mask is not None:
-            self._broadcast(batch.mask.byte())
-        return batch
-
-    def _receive(self) -> TokenBatch:
-        kind, rows, columns = self._broadcast(torch.empty(3, dtype=torch.int64)).tolist()
-        if kind == _END:
-            raise StopIteration
-        if kind == _FAILURE:
-            message = self._broadcast(torch.empty(rows, dtype=torch.uint8))
-            raise TextError(bytes(message.tolist()).decode())
-        input_ids = self._broadcast(torch.empty(rows, columns, dtype=torch.int64))
-        if kind == _UNMASKED:
-            return TokenBatch(input_ids)
-        return TokenBatch(input_ids, self._broadcast(torch.empty(rows, columns, dtype=torch.uint8)).bool())
-
-    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        torch.distributed.broadcast(tensor, src=0, group=self._group)
-        return tensor
-
-    def _share(self, batch: TokenBatch) -> TokenBatch:
-        start = self._rank * len(batch) // self._processes
-        end = (self._rank + 1) * len(batch) // self._processes
-        return TokenBatch(batch.input_ids[start:end], None if batch.mask is None else batch.mask[start:end])
-
-
-def default_workers() -> int:
-    """Two fewer than the cores that this process may use, at most 8: tokenising must not starve the fit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores - 2))
 
 
 def _join(sequences: list[np.ndarray]) -> dict[str, torch.Tensor]:

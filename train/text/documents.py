@@ -14,14 +14,16 @@ import datasets
 import fsspec
 import zstandard
 
+from bilinear_tc.train.errors import UserError, one_line
+
 PYTHON_STDLIB = "python-stdlib"
 COMPRESSIONS = (".zst", ".gz", ".bz2", ".xz")
 FILE_FORMATS = {".txt": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 READ_BYTES = 1 << 20
 
 
-class TextError(RuntimeError):
-    """A text source that cannot be found, read or used; the message is one sentence for the user."""
+class TextError(UserError):
+    """A text source that cannot be found, read or used."""
 
 
 class Documents:
@@ -73,7 +75,7 @@ class Documents:
         except TextError:
             raise
         except Exception as error:  # whatever file system, decompressor or parser lies underneath
-            raise TextError(f"{self._file()} cannot be read: {_one_line(error)}") from error
+            raise TextError(f"{self._file()} cannot be read: {one_line(error)}") from error
         self._position = self._start
 
     def state_dict(self) -> dict:
@@ -119,9 +121,9 @@ def python_stdlib_files() -> dict[str, list[str]]:
     hashes: dict[str, bytes] = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in left_out]
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            if path.is_file() and path.stat().st_size:  # a distribution's link may lead nowhere
-                hashes[str(path)] = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            if file.is_file() and file.stat().st_size:  # a distribution's link may lead nowhere
+                hashes[str(file)] = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
     splits: dict[str, list[str]] = {"train": [], "validation": []}
     for path in sorted(hashes, key=hashes.__getitem__):
         splits["validation" if hashes[path][-1] < 26 else "train"].append(path)
@@ -193,10 +195,10 @@ def _open_repository(
             builder = datasets.load_dataset_builder(dataset, name=config)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise TextError(
-            f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {_one_line(error)}"
+            f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {one_line(error)}"
         ) from error
     except Exception as error:
-        raise TextError(f"the dataset {dataset!r} cannot be opened: {_one_line(error)}") from error
+        raise TextError(f"the dataset {dataset!r} cannot be opened: {one_line(error)}") from error
     data_files = builder.config.data_files or {}
     _check_split(dataset, split, data_files or builder.info.splits or [split])
     files = [str(file) for file in data_files.get(split, [])]
@@ -219,7 +221,7 @@ def _builder_stream(
             stream = builder.as_streaming_dataset(split=split)
     except Exception as error:
         place = files[0] if files else f"the split {split!r}"
-        raise TextError(f"{place} cannot be read: {_one_line(error)}") from error
+        raise TextError(f"{place} cannot be read: {one_line(error)}") from error
     return stream, files
 
 
@@ -253,14 +255,14 @@ def _jsonl_rows(files: list[str], text_column: str) -> Iterator[dict]:
         except TextError:
             raise
         except Exception as error:
-            raise TextError(f"{file} cannot be read past line {number}: {_one_line(error)}") from error
+            raise TextError(f"{file} cannot be read past line {number}: {one_line(error)}") from error
 
 
 def _json_text(line: bytes, text_column: str, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise TextError(f"{place} is not JSON: {_one_line(error)}") from error
+        raise TextError(f"{place} is not JSON: {one_line(error)}") from error
     if not isinstance(row, dict):
         raise TextError(f"{place} must be a JSON object, but is {_described(row)}")
     text = _text_of(row, text_column, lambda: place)
@@ -323,14 +325,9 @@ def _fingerprint(files: list[str]) -> str:
     return hashlib.sha256(names.encode()).hexdigest()
 
 
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[object]) -> str:
     return ", ".join(repr(str(name)) for name in names)
 
 
 def _described(value: object) -> str:
     return "null" if value is None else f"a value of type {type(value).__name__}"
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception's message in one line; its type where it has none."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

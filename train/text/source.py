@@ -4,16 +4,87 @@ from __future__ import annotations
 
 from itertools import islice
 
-from accelerate import Accelerator
+import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from bilinear_tc.train.errors import one_line
+from bilinear_tc.train.processes import is_main, process_count, process_index
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.text.batches import SharedBatches, TokenBatch, TokenBatches
+from bilinear_tc.train.text.batches import TokenBatch, TokenBatches
 from bilinear_tc.train.text.documents import Documents, TextError
 
 
+class SharedBatches:
+    """The main process's batches on every process: each iterates, and gets its own share of every batch's sequences.
+
+    Shares are contiguous, in the order of the processes, and differ by one sequence at most; one may be empty. If the
+    text ends or fails, it does so on all processes at once.
+
+    Batches travel over a gloo group of their own, between CPUs: they are small, and no device has to be waited for.
+
+    Args:
+        batches: on the main process; None on the others.
+        device: where this process's shares are put.
+
+    Raises:
+        TextError: while iterating, on the other processes if the main process's batches fail in any way (there what
+            was raised is raised).
+    """
+
+    def __init__(self, batches: TokenBatches | None, device: torch.device) -> None:
+        if (batches is None) == is_main():
+            raise ValueError("batches must be given on the main process, and be None on the others")
+        self._batches = batches
+        self._device = device
+        self._group = dist.new_group(backend="gloo") if process_count() > 1 else None
+
+    def __iter__(self) -> SharedBatches:
+        return self
+
+    def __next__(self) -> TokenBatch:
+        # What every process gets: a batch, the sentence of a failure, or None at the end of the text.
+        message: list[TokenBatch | str | None] = [None]
+        failure: Exception | None = None
+        if self._batches is not None:
+            try:
+                message = [next(self._batches, None)]
+            except Exception as error:
+                message, failure = [one_line(error)], error
+        if self._group is not None:
+            dist.broadcast_object_list(message, src=0, group=self._group)
+        (batch,) = message
+        if batch is None:
+            raise StopIteration
+        if isinstance(batch, str):
+            raise failure or TextError(batch)
+        start, end = (rank * len(batch) // process_count() for rank in (process_index(), process_index() + 1))
+        mask = None if batch.mask is None else batch.mask[start:end]
+        return TokenBatch(batch.input_ids[start:end], mask).to(self._device)
+
+    def __enter__(self) -> SharedBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the main process's threads."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def state_dict(self) -> dict:
+        """The position of the main process's batches; empty on the others."""
+        return {} if self._batches is None else self._batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a position, on the main process; nothing to do on the others, which may pass an empty one."""
+        if self._batches is not None:
+            self._batches.load_state_dict(state)
+
+
 def check_text(recipe: Recipe) -> None:
-    """Raises TextError where the text to fit on, or the text held out, cannot be had: before the base is loaded."""
+    """Raises TextError if the text to fit on, or the text held out, cannot be had: before the base is loaded."""
     _documents(recipe, recipe.split)
     if recipe.eval_split is None:
         return
@@ -28,29 +99,35 @@ def check_text(recipe: Recipe) -> None:
         raise TextError(f"no held-out text: {error}; name another --eval_split, or none to measure nothing") from error
 
 
-def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> SharedBatches:
+def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SharedBatches:
     """The text that a recipe fits on, endless, in its order."""
-    return _open(recipe, tokenizer, accelerator, recipe.split, recipe.batch_size, recipe.shuffle_buffer, None)
+    return _open(recipe, tokenizer, device, recipe.split, recipe.batch_size, recipe.shuffle_buffer, None)
 
 
 def open_held_out(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, batch_size: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
 ) -> SharedBatches:
-    """The text that a recipe holds out, once through."""
-    return _open(recipe, tokenizer, accelerator, recipe.eval_split, batch_size, 0, 1)
+    """The text that a recipe holds out, once through; the recipe must name an `eval_split`."""
+    assert recipe.eval_split is not None
+    return _open(recipe, tokenizer, device, recipe.eval_split, batch_size, 0, 1)
+
+
+def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:
+    """The calibration sample: the first `init_tokens` of the text, in whole batches."""
+    return list(islice(batches, -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))))
 
 
 def _open(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
+    device: torch.device,
     split: str,
     batch_size: int,
     shuffle_buffer: int,
     epochs: int | None,
 ) -> SharedBatches:
     batches = None
-    if accelerator.is_main_process:
+    if is_main():
         batches = TokenBatches(
             _documents(recipe, split),
             tokenizer,
@@ -60,16 +137,11 @@ def _open(
             shuffle_buffer=shuffle_buffer,
             seed=recipe.seed,
             workers=recipe.tokenizer_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             epochs=epochs,
         )
-    return SharedBatches(batches, accelerator)
+    return SharedBatches(batches, device)
 
 
 def _documents(recipe: Recipe, split: str) -> Documents:
     return Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column)
-
-
-def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:
-    """The calibration sample: the first `init_tokens` of the text, in whole batches."""
-    return list(islice(batches, -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))))
