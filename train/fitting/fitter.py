@@ -195,7 +195,7 @@ def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[B
                 layer_index=layer,
                 mlp_path=base.mlp_path(layer),
             )
-        ).to(device)
+        ).to(device)  # type: ignore[arg-type] # transformers hides the types of `to`
         for layer in base.layers
     ]
 

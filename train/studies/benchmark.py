@@ -32,8 +32,8 @@ from bilinear_tc.train.fitting.muon import flops as muon_flops
 from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
-from bilinear_tc.train.text.batches import SharedBatches, TokenBatch
-from bilinear_tc.train.text.source import open_batches
+from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.train.text.source import SharedBatches, open_batches
 
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 
