@@ -18,7 +18,7 @@ import torch
 from bases import tiny_gpt2, tiny_llama, tiny_neox
 from torch import nn
 
-from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig, form_of
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 
 WIDTH = 16
@@ -122,6 +122,18 @@ def test_a_width_that_is_not_a_positive_whole_number_is_refused_by_name(name, va
     with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1") as error:
         BilinearTCConfig(**widths)
     assert one_sentence(error)
+
+
+@pytest.mark.parametrize("form", ["bilinear", "input_sum"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_configuration_tells_the_models_maps(form: str, bias: bool) -> None:
+    config = BilinearTCConfig(n_inputs=3, n_hidden=5, n_outputs=2, form=form, bias=bias)
+    model = BilinearTC(config)
+    maps = {name: (m.in_features, m.out_features, m.bias is not None) for name, m in model.named_children()}
+    assert list(config.maps.items()) == list(maps.items())
+    assert form_of(config.maps) == form
+    assert form_of({"left", "right"}) is None
+    assert not {"maps", "formula", "factors", "last_map"} & set(config.to_dict())
 
 
 def test_an_unknown_form_and_a_negative_layer_are_refused():

@@ -34,7 +34,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import HubRepository, XetError
 from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
-from bilinear_tc.upload.repository import UnfitRun, build_repository, check_publishable, hash_file, list_files
+from bilinear_tc.upload.repository import LAYOUT, UnfitRun, build_repository, check_publishable, hash_file, list_files
 
 REPO = "tester/set"
 OVER = {"dirs_exist_ok": True}
@@ -116,6 +116,30 @@ def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
     outputs = load_in_fresh_process(REPO, loads, hub.environment(tmp_path / "reader"), tmp_path / "outputs.pt")
     for layer, (_, _, output) in enumerate(outputs):
         assert torch.equal(output, saved_output(run, layer))
+
+
+def test_each_file_of_the_run_is_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def noted(function: Callable) -> Callable:
+        return lambda path, *args, **kwargs: read.append(path) or function(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", noted(Path.read_text))
+    monkeypatch.setattr(pq, "read_table", noted(pq.read_table))
+    opened = Run(run)
+    check_publishable(opened)
+    build_repository(opened, run / "repository")
+    of_layers = {run / f"layer_{layer}" / name for layer in (0, 1) for name in LAYER_FILES - {"model.safetensors"}}
+    assert sorted(path for path in read if run in path.parents) == sorted(
+        {run / "recipe.yaml", run / "evaluation.json", *of_layers}
+    )
+
+
+def test_what_an_earlier_publication_may_have_left_is_known_by_its_path(run: Path) -> None:
+    folder = build_repository(Run(run), run / "repository", with_pt=True)
+    assert all(LAYOUT.fullmatch(path) for path in list_files(folder))
+    foreign = ("notes.txt", "READMEXmd", "layer_2/probe.txt", "figures/mine.png", "layer_x/config.json", "layer_0/a.pt")
+    assert not any(LAYOUT.fullmatch(path) for path in foreign)
 
 
 def test_a_second_publication_uploads_nothing_and_says_so(hub: HubServer, publisher: Publisher, run: Path) -> None:

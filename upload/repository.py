@@ -48,8 +48,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Every path that a publication can hold, with 0 for any number and muon for any optimizer: what an earlier one left
 # behind is known by it.
 PATHS = (
-    *(REPOCARD_NAME, *CODE_FILES, RECIPE, EVALUATION),
-    *(f"{FIGURES}/{name}" for name in (COMPARISON, curves_name([0]))),
+    REPOCARD_NAME,
+    *CODE_FILES,
+    RECIPE,
+    EVALUATION,
+    f"{FIGURES}/{COMPARISON}",
+    f"{FIGURES}/{curves_name([0])}",
     *(f"layer_0/{name}" for name in (*LAYER_FILES, checkpoint_name(0, "muon", 0))),
 )
 LAYOUT = re.compile("|".join(re.escape(path).replace("0", r"\d+").replace("muon", r"\w+") for path in PATHS))
