@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import zstandard
@@ -23,7 +22,6 @@ from fitting import (
     partial,
     write_text,
 )
-from forking import wait_until
 from loading import load_in_fresh_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
@@ -211,26 +209,6 @@ def test_broken_text_is_named_and_costs_no_step(
     resumed = tiny_fit.run(run, *settings)
     assert f"after step {steps} of 24" in resumed.stdout
     assert_same_layers(run, tiny_fit.reference())
-
-
-def test_a_lost_tokenising_worker_costs_no_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    settings = ("--seq_len", 64, "--batch_size", 64, "--max_steps", 60, "--tokenizer_workers", 1)
-    fit = tiny_fit.start(run, *settings)
-    wait_until(lambda: checkpoints(run)[-1:] > [0])
-    (worker,) = psutil.Process(fit.pid).children()
-    worker.kill()
-    finished = fit.wait()
-    assert finished.returncode == 1
-    (error,) = finished.errors
-    assert "a tokenising worker process ended unexpectedly (exit status -9" in error
-    last = checkpoints(run)[-1]
-    assert f"(all {last} steps before it are saved in {run})" in error
-    assert_loads(run)
-
-    resumed = tiny_fit.run(run, *settings)
-    assert f"after step {last} of 60" in resumed.stdout
-    assert_same_layers(run, tiny_fit.reference(*settings))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Recipe:
         "and leaves its padding out of every statistic.",
     )
     shuffle_buffer: int = option(0, "Sequences that are held back and drawn from at random. 0: the text's own order.")
-    tokenizer_workers: int | None = option(None, "Tokenizing processes. Default: chosen from the cores.")
+    tokenizer_workers: int | None = option(None, "Threads that tokenize text. Default: chosen from the cores.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
     )
