@@ -105,15 +105,14 @@ from pathlib import Path
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import HISTORY_COLUMNS, FitFacts, Run
+from bilinear_tc.train.run import HISTORY_COLUMNS, Run
 
 run, recipe = Path(sys.argv[1]), Recipe(base="mod\\u00e8le")
 (run / "checkpoints").mkdir(parents=True)
 run = Run(run)
 run.begin(recipe)
 transcoder = BilinearTC(BilinearTCConfig(2, 2, 2, base_model=recipe.base, layer_index=0))
-facts = FitFacts(0, 0, 0.0, "cpu", 1, "float32", micro_batch_size=1, base_commit=None)
-run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], recipe, facts)
+run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], recipe, {"steps": 0})
 """
 
 

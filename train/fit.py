@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
@@ -32,7 +33,7 @@ from bilinear_tc.train.processes import (
     sum_over_processes,
 )
 from bilinear_tc.train.recipe import Recipe, parse_recipe
-from bilinear_tc.train.run import CHECKPOINTS, FitFacts, Run
+from bilinear_tc.train.run import CHECKPOINTS, Run
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
 
@@ -57,7 +58,9 @@ def fit(recipe: Recipe) -> None:
         on_main(lambda: run.begin(recipe))
         fit_layers(run, recipe, base, accelerator)
         if recipe.eval_split is not None:
-            measure_fit(run, recipe, base)
+            transcoders = [run.load(layer).float().to(accelerator.device) for layer in base.layers]
+            evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
+            on_main(lambda: run.write_evaluation(evaluation))
     if is_main():
         print_result(run, recipe)
     accelerator.state.destroy_process_group()
@@ -77,8 +80,8 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     fitted = recipe.resume and newest_step(run.folder) == run.exported_step == recipe.max_steps
     if not fitted or recipe.eval_split is None:
         return fitted
-    used = run.recipe
-    return (used.eval_split, used.eval_tokens) == (recipe.eval_split, recipe.eval_tokens) and run.has_evaluation
+    asked, used = ((r.eval_split, r.eval_tokens) for r in (recipe, run.recipe))
+    return asked == used and run.evaluation is not None
 
 
 def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
@@ -114,7 +117,9 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
                 progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
             save()
 
-        with StopRequest(device) as stop, progress_bar(recipe, progress, base) as bar:
+        title, total = f"fitting {len(base.layers)} layers", recipe.max_steps
+        bar = tqdm(desc=title, initial=progress.steps, total=total, unit="step", disable=not is_main())
+        with StopRequest(device) as stop, bar:
             while progress.steps < recipe.max_steps:
                 try:
                     mse, fvu, rows = fitter.step(next(batches), progress.steps)
@@ -156,16 +161,18 @@ def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress) 
     """Writes every layer as it stands into the run."""
     fitter.stack.set_statistics()
     on_gpu = fitter.device.type == "cuda"
-    facts = FitFacts(
-        steps=progress.steps,
-        tokens=progress.tokens_read,
-        seconds=round(progress.wall_time(), 1),
-        device=torch.cuda.get_device_name(fitter.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
-        processes=process_count(),
-        dtype=str(fitter.stack.dtype).removeprefix("torch."),
-        micro_batch_size=fitter.micro_batch_size,
-        base_commit=fitter.base.commit,
-    )
+    facts = {
+        "steps": progress.steps,
+        "tokens": progress.tokens_read,  # for the steps and for the start
+        "seconds": round(progress.wall_time(), 1),  # of all layers together, over all resumes
+        "device": torch.cuda.get_device_name(fitter.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
+        "processes": process_count(),
+        "dtype": str(fitter.stack.dtype).removeprefix("torch."),
+        "micro_batch_size": fitter.micro_batch_size,
+        "base_commit": fitter.base.commit,  # None for a folder
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
     histories = [progress.history(index) for index in range(len(fitter.stack.transcoders))]
     run.write_layers(fitter.stack.transcoders, histories, recipe, facts)
 
@@ -196,29 +203,12 @@ def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:
         )
 
 
-def progress_bar(recipe: Recipe, progress: Progress, base: Base) -> tqdm:
-    return tqdm(
-        initial=progress.steps,
-        total=recipe.max_steps,
-        desc=f"fitting {len(base.layers)} layers",
-        unit="step",
-        disable=not is_main(),
-    )
-
-
 def report(fvu: Tensor, layers: Sequence[int], steps: int, bar: tqdm, accelerator: Accelerator) -> None:
     """Shows a step's FVU [layers] in the progress bar and tells the trackers."""
     bar.update()
     bar.set_postfix(mean_fvu=f"{fvu.mean():.4f}", worst=f"{fvu.max():.4f}", refresh=False)
     by_layer = {f"fvu/layer_{layer}": value for layer, value in zip(layers, fvu.tolist(), strict=True)}
     accelerator.log({"mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
-
-
-def measure_fit(run: Run, recipe: Recipe, base: Base) -> None:
-    """Measures a fresh run's FVU, as written on disk, and writes evaluation.json into it."""
-    transcoders = [run.load(layer).float().to(base.model.device) for layer in base.layers]
-    evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
-    on_main(lambda: run.write_evaluation(evaluation))
 
 
 def print_result(run: Run, recipe: Recipe) -> None:

@@ -113,42 +113,27 @@ class Recipe:
             check_type(name, hint, getattr(self, name))
         if self.eval_split is not None and self.eval_split.lower() == "none":
             self.eval_split = None
-        for name, least in {
-            "seed": 0,
-            "seq_len": 1,
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "max_steps": 0,
-            "eval_tokens": 1,
-            "init_tokens": 1,
-            "shuffle_buffer": 0,
-            "tokenizer_workers": 0,
-            "checkpoint_every": 0,
-        }.items():
-            value = getattr(self, name)
+        at_least_0 = ("seed", "max_steps", "shuffle_buffer", "tokenizer_workers", "checkpoint_every")
+        at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens")
+        for name in (*at_least_0, *at_least_1):
+            value, least = getattr(self, name), int(name in at_least_1)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
-        if self.seed >= 2**64:
-            raise UserError(f"seed must fit in 64 bits, got {self.seed}")
-        # each comparison is written so that a NaN fails it
-        for name in ("lr", "bias_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be a positive number, got {getattr(self, name)}")
-        if not 0 < self.hidden_multiplier < math.inf:
-            raise UserError(
-                "hidden_multiplier must be a positive number, since n_hidden must be at least 1, got "
-                f"{self.hidden_multiplier}"
-            )
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum must be at least 0 and below 1, got {self.momentum}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
+        multiplier = "a positive number, since n_hidden must be at least 1"
+        for name, fits, expected in (  # each comparison is written so that a NaN fails it
+            ("seed", self.seed < 2**64, "below 2**64"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
+            ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
+            ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
+        ):
+            if not fits:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
         if self.init == "mlp" and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if self.init == "mlp" and not self.bias:
-            raise UserError(
-                "init mlp needs biases, which carry the linear parts of its units; without biases, use --init random"
-            )
+            raise UserError("init mlp needs biases, which carry its units' linear parts; without, use --init random")
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:

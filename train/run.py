@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
-import transformers
 import yaml
 from huggingface_hub import hf_hub_download, list_repo_files
 from safetensors import SafetensorError
@@ -34,6 +32,7 @@ from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json
 from bilinear_tc.train.recipe import Recipe, read_settings, read_yaml
 
 T = TypeVar("T")
+History = Mapping[str, Sequence[float]]  # by the columns of history.parquet, a value an optimizer step
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
@@ -47,52 +46,17 @@ CONFIG, WEIGHTS, SETTINGS, HISTORY = LAYER_FILES = (
 )
 CHECKPOINTS = "checkpoints"
 EXPORTED = f"{CHECKPOINTS}/exported"
-WHOLE_NUMBERS, NUMBERS = pyarrow.int64(), pyarrow.float64()
 HISTORY_COLUMNS = {
-    "step": WHOLE_NUMBERS,
-    "tokens": WHOLE_NUMBERS,
-    "mse": NUMBERS,
-    "variance_explained": NUMBERS,
-    "fvu": NUMBERS,
+    **dict.fromkeys(("step", "tokens"), pyarrow.int64()),
+    **dict.fromkeys(("mse", "variance_explained", "fvu"), pyarrow.float64()),
 }
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
-    "output_dir",
-    "eval_split",
-    "eval_tokens",
-    "micro_batch_size",
-    "tokenizer_workers",
-    "checkpoint_every",
-    "resume",
-    "report_to",
+    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
+    *("checkpoint_every", "resume", "report_to"),
 }
 WRITE_ERRORS = (OSError, SafetensorError, pyarrow.ArrowException)
-
-
-@dataclass
-class FitFacts:
-    """What a fit measured of itself, and what it chose if the recipe left it open.
-
-    Attributes:
-        steps, tokens: optimizer steps made, and tokens read for them and for the start.
-        seconds: wall time of all layers together, over all its resumes.
-        device, processes, dtype: what it ran on, and the type that it computed in.
-        micro_batch_size: sequences that a process worked on at once.
-        base_commit: commit of the base on the Hub; None for a folder.
-        torch, transformers: their versions.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    device: str
-    processes: int
-    dtype: str
-    micro_batch_size: int
-    base_commit: str | None
-    torch: str = str(torch.__version__)
-    transformers: str = transformers.__version__
 
 
 class Run:
@@ -123,11 +87,7 @@ class Run:
 
     @cached_property
     def layers(self) -> list[int]:
-        """The layers that it holds, ascending.
-
-        Raises:
-            UserError: if it holds none, or is not there.
-        """
+        """The layers that it holds, ascending; UserError if it holds none, or is not there."""
         if self.is_folder:
             names = [path.name for path in self.folder.iterdir() if path.is_dir()]
         else:
@@ -156,15 +116,11 @@ class Run:
 
     def config(self, layer: int) -> BilinearTCConfig:
         """A layer's config.json."""
-
-        def read(path: Path) -> BilinearTCConfig:
-            return BilinearTCConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
-        return self._layer_file(layer, CONFIG, read)
+        return self._layer_file(layer, CONFIG, lambda path: BilinearTCConfig.from_dict(read_json(path)))
 
     def settings(self, layer: int) -> dict[str, Any]:
         """A layer's config.yaml: its fit for a reader."""
-        return self._layer_file(layer, SETTINGS, read_yaml, missing=dict)
+        return self._layer_file(layer, SETTINGS, read_yaml, missing={})
 
     def fitted_steps(self, layer: int) -> int | None:
         """Steps that a layer was fitted for, None if its config.yaml does not tell."""
@@ -175,23 +131,12 @@ class Run:
         return steps
 
     def history(self, layer: int) -> dict[str, np.ndarray]:
-        """A layer's training history by the columns of `HISTORY_COLUMNS`, one row a step.
-
-        Empty columns if the layer has no history, as after a fit of no steps.
-        """
-        return self._layer_file(layer, HISTORY, read_history, missing=lambda: {n: np.empty(0) for n in HISTORY_COLUMNS})
-
-    @property
-    def has_evaluation(self) -> bool:
-        return self._file(EVALUATION) is not None
+        """A layer's training history by the columns of `HISTORY_COLUMNS`, one row a step; empty after no steps."""
+        return self._layer_file(layer, HISTORY, read_history, missing={name: np.empty(0) for name in HISTORY_COLUMNS})
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """The held-out scores, None if nothing was measured.
-
-        Raises:
-            UserError: the first of `evaluation_problems`.
-        """
+        """The held-out scores, None if nothing was measured; UserError with the first of `evaluation_problems`."""
         for problem in self.evaluation_problems:
             raise UserError(problem)
         return None if self._evaluation_content is None else Evaluation.from_json(self._evaluation_content)
@@ -209,14 +154,13 @@ class Run:
     @cached_property
     def _evaluation_content(self) -> Any:
         path = self._file(EVALUATION)
-        return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        return None if path is None else read_json(path)
 
     @cached_property
     def scores(self) -> Evaluation:
         """The layers' scores from one source: held out if evaluation.json covers every layer, else from the histories.
 
-        Raises:
-            UserError: if a layer has neither, or a file is not readable.
+        UserError if a layer has neither, or a file is not readable.
         """
         held_out = self.evaluation
         if held_out is None or not set(self.layers) <= set(held_out.layers):
@@ -245,11 +189,7 @@ class Run:
         return self.folder / f"layer_{layer}"
 
     def load(self, layer: int) -> BilinearTC:
-        """A layer's transcoder as its users load it, in evaluation mode.
-
-        Raises:
-            UserError: if it does not load.
-        """
+        """A layer's transcoder as its users load it, in evaluation mode; UserError if it does not load."""
         try:
             revision = self.revision or "main"
             return BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", revision=revision).eval()
@@ -274,27 +214,20 @@ class Run:
             return None
         return Path(hf_hub_download(self.where, name, revision=self.revision))
 
-    def _layer_file(
-        self, layer: int, name: str, read: Callable[[Path], T], missing: Callable[[], T] | None = None
-    ) -> T:
-        """A layer's file as `read` reads it, or `missing()` if there is none; UserError if it is not readable."""
+    def _layer_file(self, layer: int, name: str, read: Callable[[Path], T], missing: T | None = None) -> T:
+        """A layer's file as `read` reads it, or `missing` if there is none; UserError if it is not readable."""
         key = f"layer_{layer}/{name}"
-        if key in self._kept:
-            return self._kept[key]
-        path = self._file(key)
-        if path is not None:
+        if key not in self._kept:
+            path = self._file(key)
+            if path is None and missing is None:
+                raise UserError(f"{key} is missing in {self.where}")
             try:
-                content = read(path)
+                self._kept[key] = missing if path is None else read(path)
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes its reader raise
                 raise UserError(f"{path} is not readable: {one_line(error)}") from error
-        elif missing is not None:
-            content = missing()
-        else:
-            raise UserError(f"{key} is missing in {self.where}")
-        self._kept[key] = content
-        return content
+        return self._kept[key]
 
     # Continuing
 
@@ -355,19 +288,15 @@ class Run:
         self._forget()
 
     def write_layers(
-        self,
-        transcoders: Sequence[BilinearTC],
-        histories: Sequence[Mapping[str, Sequence[float]]],
-        recipe: Recipe,
-        facts: FitFacts,
+        self, transcoders: Sequence[BilinearTC], histories: Sequence[History], recipe: Recipe, facts: dict[str, Any]
     ) -> None:
         """Writes every layer's folder, and notes when all are written; an evaluation of what they held is deleted.
 
         Args:
             transcoders: the layers' models, with their statistics set.
-            histories: of each, the columns of `HISTORY_COLUMNS`, a value an optimizer step.
+            histories: of each layer.
             recipe: the fit's settings.
-            facts: what the fit measured of itself.
+            facts: what the fit measured of itself; its `steps` among them.
 
         Raises:
             StorageError: if one cannot be written, as on a full disk; each file in the run is whole.
@@ -377,7 +306,7 @@ class Run:
                 (self.folder / void).unlink(missing_ok=True)
             for transcoder, history in zip(transcoders, histories, strict=True):
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
-            (self.folder / EXPORTED).write_text(str(facts.steps), encoding="utf-8")
+            (self.folder / EXPORTED).write_text(str(facts["steps"]), encoding="utf-8")
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -385,9 +314,7 @@ class Run:
                 "are whole, and so are the checkpoints; make room on the disk and run the same command to resume"
             ) from error
 
-    def write_layer(
-        self, transcoder: BilinearTC, history: Mapping[str, Sequence[float]], settings: dict[str, Any]
-    ) -> None:
+    def write_layer(self, transcoder: BilinearTC, history: History, settings: dict[str, Any]) -> None:
         """Writes one layer's folder: the model, its settings for a reader, and its history."""
         columns = {name: pyarrow.array(history[name], kind) for name, kind in HISTORY_COLUMNS.items()}
         with written_whole(self.layer_folder(transcoder.config.layer_index)) as scratch:
@@ -409,7 +336,7 @@ class Run:
             del vars(self)[name]
 
 
-def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: FitFacts) -> dict[str, Any]:
+def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, Any]) -> dict[str, Any]:
     """config.yaml of a fitted layer."""
     belongs = ("base_model", "base_revision", "mlp_path", "n_inputs", "n_hidden", "n_outputs")
     left_out = {*FREE_SETTINGS, "base", "base_revision", "layers"}
@@ -417,7 +344,7 @@ def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: FitFacts) ->
         "layer": config.layer_index,
         **{name: getattr(config, name) for name in belongs},
         **{name: value for name, value in recipe.to_dict().items() if name not in left_out},
-        "fit": asdict(facts),
+        "fit": facts,
     }
 
 
@@ -439,6 +366,10 @@ def read_history(path: Path) -> dict[str, np.ndarray]:
         if not np.issubdtype(values.dtype, np.number):
             raise UserError(f"{path} is not a history: expected numbers in its column {name}")
     return history
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_yaml(content: dict[str, Any], path: Path) -> None:
