@@ -86,7 +86,7 @@ def test_layers(layers, indices):
         (["--hidden_multiplier", "inf"], "hidden_multiplier must be a positive number, .*, got inf"),
         (["--lr", "nan"], "lr must be a positive number, got nan"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--seed", str(2**64)], f"seed must fit in 64 bits, got {2**64}"),
+        (["--seed", str(2**64)], f"seed must be below 2 to the 64th, so as to fit in 64 bits, got {2**64}"),
         (["--layers", "0-9999999999"], "layers must be below 10000, got '0-9999999999'"),
         (["--form", "input_sum"], "init mlp can start the bilinear form only"),
         (["--bias", "false"], "init mlp needs biases"),

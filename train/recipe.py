@@ -121,7 +121,7 @@ class Recipe:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
-            ("seed", self.seed < 2**64, "below 2**64"),
+            ("seed", self.seed < 2**64, "below 2 to the 64th, so as to fit in 64 bits"),
             ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
