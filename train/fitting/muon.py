@@ -52,10 +52,10 @@ _LEAST_NORM = 1e-7  # a Frobenius norm below it is taken as it, so that zero sta
 
 # Steps that the Gram form takes before it goes back to X. Rounding leaves G's smallest eigenvalues wrong, even
 # negative, by about the type's epsilon, and each step multiplies them by a² ≈ 12: five steps in a row lose two
-# digits in float32 and diverge in half precision where a few directions hold most of the norm. X·Xᵀ taken afresh
+# digits in float32 and diverge in half precision if a few directions hold most of the norm. X·Xᵀ taken afresh
 # forgets the error. Simulated on 64×256 and 256×1024 matrices of nine spectra (Gaussian, power law, condition 1e3 and
-# 1e6, low rank, one dominant direction, …), with the classic polynomial, the largest error in spectral norm, where
-# the exact singular values are near 1:
+# 1e6, low rank, one dominant direction, …), with the classic polynomial, the largest error in spectral norm (the
+# exact singular values are near 1):
 #     restart after            1 (plain)   3        never
 #     float32                  2e-5        3e-5     2e-3
 #     float16                  0.05        0.05     11
@@ -79,7 +79,7 @@ def newton_schulz_dtype(matrices: Tensor) -> torch.dtype:
 
 
 def restart_interval(rows: int, cols: int, dtype: torch.dtype) -> int:
-    """Steps between two uses of the full matrix: 1 is the plain form, more the Gram form where it is cheaper."""
+    """Steps between two uses of the full matrix: 1 is the plain form, more the Gram form if it is cheaper."""
     oblong = max(rows, cols) > _GRAM_ASPECT * min(rows, cols)
     return _GRAM_STEPS if oblong and dtype != torch.bfloat16 else 1
 
