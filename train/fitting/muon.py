@@ -70,7 +70,7 @@ _GRAM_ASPECT = 1.5
 def newton_schulz_dtype(matrices: Tensor) -> torch.dtype:
     """The type that Newton–Schulz runs in: float16 on CUDA, otherwise the matrices' own, float32 at least.
 
-    float16 rather than bfloat16: after normalisation nothing exceeds about 100, so the three further bits of
+    float16 rather than bfloat16: after normalization nothing exceeds about 100, so the three further bits of
     significand are worth more than the range, at the same speed.
     """
     if matrices.dtype == torch.float64:
@@ -164,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         B ← momentum·B + (1 − momentum)·grad;   U = (1 − momentum)·grad + momentum·B   (Nesterov)
         W ← (1 − lr·weight_decay)·W − lr·√max(1, rows / cols)·orthogonalize(U)
 
-    All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialised, every
+    All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialized, every
     process must hold the same parameters and gradients (already reduced); each then orthogonalizes its share of the
     matrices, the results are gathered, and all processes apply the same update. The momentum is kept whole on each
     process: that costs one pass over memory and makes any process's `state_dict` the full one.
@@ -247,7 +247,7 @@ class Muon(torch.optim.Optimizer):
         return everyone[:matrices], gathering
 
     def _momentum(self, momentum: float, params: list[Tensor], first: int, last: int, *, out: Tensor) -> None:
-        """Advances every param's momentum; writes matrices first to last of the normalised updates to `out`."""
+        """Advances every param's momentum; writes matrices first to last of the normalized updates to `out`."""
         offset = 0
         for param in params:
             gradient = param.grad

@@ -271,7 +271,7 @@ def _json_text(line: bytes, text_column: str, place: str) -> str:
 
 
 def _text_of(row: dict, text_column: str, place: Callable[[], str]) -> str:
-    """The row's text; `place` tells where the row comes from, should it have none."""
+    """The row's text; `place` tells where the row comes from, if it has none."""
     if text_column not in row:
         raise TextError(f"{place()} has no column {text_column!r}; its columns are {_listed(row)}")
     text = row[text_column]
