@@ -203,7 +203,6 @@ def test_the_form_chosen_is_the_cheaper_one(large):
     assert flops(large, 8, restart=chosen) == min(flops(large, 8, restart=1), flops(large, 8, restart=3))
 
 
-@pytest.mark.slow
 def test_compiles_into_one_graph():
     x = torch.randn(3, 16, 40)
     compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
