@@ -46,7 +46,7 @@ def matrix(spectrum: str, rows: int, cols: int, seed: int = 0) -> Tensor:
 
 
 def exact(matrices: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
-    """The polynomials applied to the singular values of each normalised matrix, in float64."""
+    """The polynomials applied to the singular values of each normalized matrix, in float64."""
     u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
     s = s / s.norm(dim=-1, keepdim=True)
     for a, b, c in schedule:
@@ -203,14 +203,13 @@ def test_the_form_chosen_is_the_cheaper_one(large):
     assert flops(large, 8, restart=chosen) == min(flops(large, 8, restart=1), flops(large, 8, restart=3))
 
 
-@pytest.mark.slow
 def test_compiles_into_one_graph():
     x = torch.randn(3, 16, 40)
     compiled = torch.compile(orthogonalize, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), orthogonalize(x), rtol=1e-4, atol=1e-5)
 
 
-# --- the optimiser ----------------------------------------------------------------------------------------------
+# --- the optimizer ----------------------------------------------------------------------------------------------
 
 SHAPES = [(3, 20, 8), (2, 20, 8), (3, 8, 20), (1, 12, 10)]  # left, right, head, a single matrix
 
@@ -233,7 +232,7 @@ def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter
 
 
 def reference_steps(params: list[Tensor], steps: range, *, lr, weight_decay, momentum=0.95) -> list[Tensor]:
-    """Muon's formulas in float64, one matrix at a time, orthogonalised through its singular values."""
+    """Muon's formulas in float64, one matrix at a time, orthogonalized through its singular values."""
     params = [param.detach().double().clone() for param in params]
     buffers = [torch.zeros_like(param) for param in params]
     for step in steps:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 from bilinear_tc.train.fitting.schedule import SCHEDULES, schedule
+from bilinear_tc.train.recipe import Recipe
+
+
+def test_a_recipe_can_name_every_schedule():
+    assert get_args(get_type_hints(Recipe)["lr_schedule"]) == tuple(SCHEDULES)
 
 
 def test_constant_is_one_throughout():

@@ -173,6 +173,7 @@ print(json.dumps([head, list(resumed), list(Documents("tester/pile", split="val.
 """
 
 
+@pytest.mark.slow
 def test_hub_dataset_streams_and_resumes(tmp_path: Path) -> None:
     compress = zstandard.ZstdCompressor().compress
     shards = {
@@ -225,7 +226,7 @@ def test_a_python_stdlib_without_source_files_is_refused(tmp_path, monkeypatch) 
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(tmp_path / "python.zip"))
     for split in ("train", "validation"):
         sentence = message(dataset="python-stdlib", split=split)
-        assert "python.zip as .py files, as where it is zipped; use a Python that has them" in sentence
+        assert "python.zip as .py files, perhaps because it is zipped; use a Python that has them" in sentence
 
 
 OPENED: list[str] = []

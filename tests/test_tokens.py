@@ -307,7 +307,7 @@ def test_too_little_text_is_said(tokenizer, pack: bool, epochs: int | None) -> N
 
 
 def test_a_failing_tokenizer_is_said(tokenizer) -> None:
-    """Half a surrogate pair cannot be tokenised; `Documents` never yields one."""
+    """Half a surrogate pair cannot be tokenized; `Documents` never yields one."""
     for workers in (0, 1):
         batches = TokenBatches(Listed(["\ud800"]), tokenizer, seq_len=4, batch_size=1, workers=workers)
         with batches, pytest.raises(TextError, match="tokenizer failed on a document"):

@@ -52,10 +52,10 @@ _LEAST_NORM = 1e-7  # a Frobenius norm below it is taken as it, so that zero sta
 
 # Steps that the Gram form takes before it goes back to X. Rounding leaves G's smallest eigenvalues wrong, even
 # negative, by about the type's epsilon, and each step multiplies them by a² ≈ 12: five steps in a row lose two
-# digits in float32 and diverge in half precision where a few directions hold most of the norm. X·Xᵀ taken afresh
+# digits in float32 and diverge in half precision if a few directions hold most of the norm. X·Xᵀ taken afresh
 # forgets the error. Simulated on 64×256 and 256×1024 matrices of nine spectra (Gaussian, power law, condition 1e3 and
-# 1e6, low rank, one dominant direction, …), with the classic polynomial, the largest error in spectral norm, where
-# the exact singular values are near 1:
+# 1e6, low rank, one dominant direction, …), with the classic polynomial, the largest error in spectral norm (the
+# exact singular values are near 1):
 #     restart after            1 (plain)   3        never
 #     float32                  2e-5        3e-5     2e-3
 #     float16                  0.05        0.05     11
@@ -70,7 +70,7 @@ _GRAM_ASPECT = 1.5
 def newton_schulz_dtype(matrices: Tensor) -> torch.dtype:
     """The type that Newton–Schulz runs in: float16 on CUDA, otherwise the matrices' own, float32 at least.
 
-    float16 rather than bfloat16: after normalisation nothing exceeds about 100, so the three further bits of
+    float16 rather than bfloat16: after normalization nothing exceeds about 100, so the three further bits of
     significand are worth more than the range, at the same speed.
     """
     if matrices.dtype == torch.float64:
@@ -79,7 +79,7 @@ def newton_schulz_dtype(matrices: Tensor) -> torch.dtype:
 
 
 def restart_interval(rows: int, cols: int, dtype: torch.dtype) -> int:
-    """Steps between two uses of the full matrix: 1 is the plain form, more the Gram form where it is cheaper."""
+    """Steps between two uses of the full matrix: 1 is the plain form, more the Gram form if it is cheaper."""
     oblong = max(rows, cols) > _GRAM_ASPECT * min(rows, cols)
     return _GRAM_STEPS if oblong and dtype != torch.bfloat16 else 1
 
@@ -164,7 +164,7 @@ class Muon(torch.optim.Optimizer):
         B ← momentum·B + (1 − momentum)·grad;   U = (1 − momentum)·grad + momentum·B   (Nesterov)
         W ← (1 − lr·weight_decay)·W − lr·√max(1, rows / cols)·orthogonalize(U)
 
-    All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialised, every
+    All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialized, every
     process must hold the same parameters and gradients (already reduced); each then orthogonalizes its share of the
     matrices, the results are gathered, and all processes apply the same update. The momentum is kept whole on each
     process: that costs one pass over memory and makes any process's `state_dict` the full one.
@@ -247,7 +247,7 @@ class Muon(torch.optim.Optimizer):
         return everyone[:matrices], gathering
 
     def _momentum(self, momentum: float, params: list[Tensor], first: int, last: int, *, out: Tensor) -> None:
-        """Advances every param's momentum; writes matrices first to last of the normalised updates to `out`."""
+        """Advances every param's momentum; writes matrices first to last of the normalized updates to `out`."""
         offset = 0
         for param in params:
             gradient = param.grad

@@ -274,7 +274,7 @@ class TokenBatches:
         yield pieces, (before, offset)
 
     def _pieces(self, text: str, start: int) -> Iterator[tuple[Piece, int]]:
-        """A document from `start` on, cut after a line break where it is long; each piece with its end."""
+        """A document from `start` on, cut after a line break if it is long; each piece with its end."""
         while start < len(text):
             end = len(text)
             if self.pack and end - start > PIECE_CHARACTERS:

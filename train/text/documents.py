@@ -48,7 +48,7 @@ class Documents:
     Raises:
         TextError: here, if the source, its configuration, split or text column does not exist or there is no
             text in it; while iterating, if a file is unreadable or cut short, a line is not JSON, or a text is
-            not a string. The file is named, and its line where it has lines. Documents handed out before stay
+            not a string. The file is named, and its line if it has lines. Documents handed out before stay
             good, and so does a position taken before.
     """
 
@@ -114,7 +114,7 @@ def python_stdlib_files() -> dict[str, list[str]]:
     and installed packages are left out.
 
     Raises:
-        TextError: if there are no such files, as where the library is zipped.
+        TextError: if there are no such files, perhaps because the library is zipped.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -129,8 +129,8 @@ def python_stdlib_files() -> dict[str, list[str]]:
         splits["validation" if hashes[path][-1] < 26 else "train"].append(path)
     if not all(splits.values()):
         raise TextError(
-            f"Python's standard library is not in {root} as .py files, as where it is zipped; use a Python that has"
-            " them, or name another dataset"
+            f"Python's standard library is not in {root} as .py files, perhaps because it is zipped; use a Python that"
+            " has them, or name another dataset"
         )
     return splits
 
@@ -210,7 +210,7 @@ def _open_repository(
 def _builder_stream(
     builder: datasets.DatasetBuilder, files: list[str], split: str, text_column: str
 ) -> tuple[datasets.IterableDataset, list[str]]:
-    """The rows as `datasets` itself reads them, without other columns where the format can leave them out."""
+    """The rows as `datasets` itself reads them, without other columns if the format can leave them out."""
     if files:  # so that the columns are not sought in another split
         data_files = builder.config.data_files
         builder.config.data_files = type(data_files)({split: data_files[split]})
@@ -271,7 +271,7 @@ def _json_text(line: bytes, text_column: str, place: str) -> str:
 
 
 def _text_of(row: dict, text_column: str, place: Callable[[], str]) -> str:
-    """The row's text; `place` tells where the row comes from, should it have none."""
+    """The row's text; `place` tells where the row comes from, if it has none."""
     if text_column not in row:
         raise TextError(f"{place()} has no column {text_column!r}; its columns are {_listed(row)}")
     text = row[text_column]
