@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.text.documents import python_stdlib_files
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def evaluated_run(quickstart_run, tmp_path_factory) -> Path:

@@ -111,6 +111,7 @@ def late_token(tiny_fit: TinyFit) -> tuple[int, int]:
     return next((token, step) for token, step in steps.items() if 10 <= step <= 15 and step % 4 != 1)
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_base_is_named_with_its_layer_and_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
     base, run = tmp_path / "base", tmp_path / "run"
     token, step = late_token(tiny_fit)
@@ -190,6 +191,7 @@ def truncated_shard(folder: Path) -> Callable[[], None]:
         (truncated_shard, "all.jsonl.zst cannot be read past line .* in the middle of a zstd frame"),
     ],
 )
+@pytest.mark.slow
 def test_broken_text_is_named_and_costs_no_step(
     tiny_fit: TinyFit, tmp_path: Path, break_text: Callable[[Path], Callable[[], None]], sentence: str
 ) -> None:
@@ -213,6 +215,7 @@ def test_broken_text_is_named_and_costs_no_step(
     assert_same_layers(run, tiny_fit.reference())
 
 
+@pytest.mark.slow
 def test_a_lost_tokenising_worker_costs_no_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ("--seq_len", 64, "--batch_size", 64, "--max_steps", 60, "--tokenizer_workers", 1)
