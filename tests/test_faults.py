@@ -255,6 +255,7 @@ def test_a_lost_tokenising_worker_costs_no_step(tiny_fit: TinyFit, tmp_path: Pat
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved(
     tiny_fit: TinyFit, tmp_path: Path, full_at: str, size: int, sentence: str, last: int, rows: list[int]
 ) -> None:
