@@ -37,6 +37,7 @@ def test_a_bases_operations_are_those_that_torch_counts(neox, lm_head: bool):
     assert abs(counter.get_total_flops() - attention_half - counted) <= rotary
 
 
+@pytest.mark.slow
 def test_the_command_prints_ratios_that_follow_from_its_figures(monkeypatch, capsys):
     """A step's phases add up, and the baseline is so many times slower as its seconds say."""
     arguments = ["--batch_size", "4", "--steps", "2", "--baseline_steps", "1", "--baseline_layers", "1"]

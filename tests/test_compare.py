@@ -69,6 +69,7 @@ def test_a_fit_of_no_step_is_none() -> None:
     assert shorter(Recipe(batch_size=8, seq_len=32), 511) is None
 
 
+@pytest.mark.slow
 def test_the_comparison_writes_what_it_prints(recipe: Path, tmp_path: Path, capsys) -> None:
     settings = ComparisonSettings(
         recipe=str(recipe),
@@ -116,6 +117,7 @@ def test_changes_are_scored_on_the_text_that_follows_the_fits(recipe: Path) -> N
     torch.testing.assert_close(following.y[1], y.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_change_is_compared_with_the_recipe(recipe: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(tune, "CHANGES", [{}, {"lr": 0.001}, {"optimizer": "normuon"}])
     arguments = ["--recipe", str(recipe), "--steps", "12", "--layers", "0,1", "--eval_tokens", "1024", "--harden", "2"]

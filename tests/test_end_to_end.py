@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.text.documents import python_stdlib_files
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_evaluated_loss_is_the_bases_own_on_the_held_out_files(evaluated_run
 
 def test_the_run_is_published_and_every_layer_loads_from_the_hub(evaluated_run, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        environment = os.environ | hub.environment(tmp_path / "publisher", token=hub.token)
+        environment = hub.environment(tmp_path / "publisher", token=hub.token)
         command = [sys.executable, "upload/publish.py", evaluated_run, "--repo_id", "tester/quickstart"]
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -85,7 +86,7 @@ def test_the_run_is_published_and_every_layer_loads_from_the_hub(evaluated_run, 
         done = subprocess.run(
             [*command, "--output", tmp_path / "measured"],
             cwd=REPOSITORY,
-            env=os.environ | reader,
+            env=reader,
             capture_output=True,
             text=True,
         )

@@ -109,6 +109,7 @@ def late_token(tiny_fit: TinyFit) -> tuple[int, int]:
     return next((token, step) for token, step in steps.items() if 10 <= step <= 15 and step % 4 != 1)
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_base_is_named_with_its_layer_and_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
     base, run = tmp_path / "base", tmp_path / "run"
     token, step = late_token(tiny_fit)
@@ -188,6 +189,7 @@ def truncated_shard(folder: Path) -> Callable[[], None]:
         (truncated_shard, "all.jsonl.zst cannot be read past line .* in the middle of a zstd frame"),
     ],
 )
+@pytest.mark.slow
 def test_broken_text_is_named_and_costs_no_step(
     tiny_fit: TinyFit, tmp_path: Path, break_text: Callable[[Path], Callable[[], None]], sentence: str
 ) -> None:
@@ -230,6 +232,7 @@ def test_broken_text_is_named_and_costs_no_step(
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_saved(
     tiny_fit: TinyFit, tmp_path: Path, full_at: str, size: int, sentence: str, last: int, rows: list[int]
 ) -> None:

@@ -26,6 +26,7 @@ def names(paths: list[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
+@pytest.mark.slow
 def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
     written = draw(write_tiny_run(tmp_path / "run", layers=range(24)))
     assert names(written) == [
@@ -42,6 +43,7 @@ def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
         assert height >= 500
 
 
+@pytest.mark.slow
 def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(1, 4, 5, 7, 9, 10, 11, 30))
     assert names(draw(run))[1:] == [

@@ -38,6 +38,7 @@ def test_layers_load_over_http_at_every_kind_of_revision(tmp_path: Path) -> None
     assert not torch.equal(expected[1], expected[2])
 
 
+@pytest.mark.slow
 def test_layers_load_from_a_folder(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(0, 3), form="input_sum")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
@@ -55,6 +56,7 @@ print(Base.load("tester/base").commit, Base.load("tester/base", revision=sys.arg
 """
 
 
+@pytest.mark.slow
 def test_a_layer_loads_where_and_as_what_it_is_asked_to(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(3,))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
@@ -67,6 +69,7 @@ def test_a_layer_loads_where_and_as_what_it_is_asked_to(tmp_path: Path) -> None:
         assert (output - expected).abs().max() < tolerance
 
 
+@pytest.mark.slow
 def test_a_base_knows_the_commit_that_it_was_loaded_at(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     with HubServer(tmp_path / "hub") as hub:
@@ -80,6 +83,7 @@ def test_a_base_knows_the_commit_that_it_was_loaded_at(tmp_path: Path) -> None:
     assert done.stdout.split() == [new, old]
 
 
+@pytest.mark.slow
 def test_a_private_set_loads_with_a_token_only(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(3,))
     with HubServer(tmp_path / "hub") as hub:

@@ -303,6 +303,7 @@ def can_compile():
 
 
 @pytest.mark.skipif(not can_compile(), reason="torch.compile's default backend needs a C++ compiler and Python.h")
+@pytest.mark.slow
 def test_compiles_with_the_default_backend():
     torch.compiler.reset()
     tc, x = transcoder(), torch.randn(2, 3, WIDTH)
@@ -467,6 +468,7 @@ def test_attaching_disturbs_neither_the_callers_hooks_nor_the_random_numbers():
     assert len(seen) == 2 + 6
 
 
+@pytest.mark.slow
 def test_a_base_compiled_in_one_graph():
     torch.compiler.reset()
     base = tiny_neox(num_hidden_layers=2)
@@ -721,6 +723,7 @@ torch.save([tc(x), AutoModel.from_pretrained(again, trust_remote_code=True)(x), 
 """
 
 
+@pytest.mark.slow
 def test_a_run_loads_by_auto_classes_where_this_package_is_not_installed(tmp_path):
     run, again = tmp_path / "run", tmp_path / "again"
     tc = transcoder(layer_index=3)

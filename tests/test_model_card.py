@@ -464,6 +464,7 @@ def test_the_snippets_run_as_printed(
     assert [abs(v) for v in eigenvalues] == sorted((abs(v) for v in eigenvalues), reverse=True)
 
 
+@pytest.mark.slow
 def test_the_published_card_is_valid_and_runs_as_printed(
     fork_server: ForkServer, spliced: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

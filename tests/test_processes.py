@@ -31,6 +31,8 @@ LOST = (
     "what was last saved is whole: run the same command to resume"
 )
 
+pytestmark = pytest.mark.slow
+
 
 def run_processes(
     tiny_fit: TinyFit, count: int, run: Path, *flags: object, sabotage: Sequence[object] = ()

@@ -91,6 +91,7 @@ def changing(requests: list[str]) -> list[str]:
 # What a publication is
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
     hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_what_an_earlier_publication_may_have_left_is_known_by_its_path(run: Pat
     assert not any(LAYOUT.fullmatch(path) for path in foreign)
 
 
+@pytest.mark.slow
 def test_a_second_publication_uploads_nothing_and_says_so(hub: HubServer, publisher: Publisher, run: Path) -> None:
     assert publisher.command(run, "--repo_id", REPO).returncode == 0
     before = len(hub.requests)
@@ -152,6 +154,7 @@ def test_a_second_publication_uploads_nothing_and_says_so(hub: HubServer, publis
     assert commits(hub) == 2
 
 
+@pytest.mark.slow
 def test_an_update_removes_what_no_longer_belongs_in_the_same_commit(
     hub: HubServer, publisher: Publisher, tmp_path: Path
 ) -> None:
@@ -169,6 +172,7 @@ def test_an_update_removes_what_no_longer_belongs_in_the_same_commit(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
     hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path, dtype: str
 ) -> None:
@@ -190,6 +194,7 @@ def test_save_dtype_casts_weights_and_leaves_statistics_and_the_run(
     assert {path: sha256 for path, sha256 in local_hashes(run).items() if "repository/" not in path} == before
 
 
+@pytest.mark.slow
 def test_weights_that_have_the_type_already_are_not_cast(run: Path) -> None:
     cast = build_repository(Run(run), run / "cast", save_dtype="bfloat16")
     assert "were cast" in (cast / "README.md").read_text()
@@ -237,6 +242,7 @@ def test_outputs_that_are_nan_in_both_are_the_same_and_others_are_not(run: Path)
     assert not same_outputs(model, other)
 
 
+@pytest.mark.slow
 def test_with_pt_adds_the_earlier_layout_and_the_next_publication_without_it_removes_it(
     hub: HubServer, publisher: Publisher, run: Path
 ) -> None:
@@ -260,6 +266,7 @@ def test_a_branch_is_made_and_main_left_alone(hub: HubServer, publisher: Publish
     assert f"{hub.url}/{REPO}/tree/next%2Ftry" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_pull_request_is_opened_once_and_main_left_alone(hub: HubServer, publisher: Publisher, run: Path) -> None:
     hub.put(REPO, {"notes.txt": b"ours"})
     first = publisher.command(run, "--repo_id", REPO, "--create_pr")
@@ -276,6 +283,7 @@ def test_a_pull_request_is_opened_once_and_main_left_alone(hub: HubServer, publi
     assert f"{hub.url}/{REPO}/discussions/2" in anew.stdout, anew.output
 
 
+@pytest.mark.slow
 def test_a_tag_in_use_is_refused_before_anything_is_sent(
     hub: HubServer, publisher: Publisher, run: Path, tmp_path: Path
 ) -> None:
@@ -309,6 +317,7 @@ def listed(output: str) -> set[str]:
     return set(re.findall(r"^ +[\d.]+ k?B  (\S+)$", output, flags=re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_a_dry_run_offline_lists_the_files_and_says_why_they_are_not_compared(
     hub: HubServer, publisher: Publisher, run: Path
 ) -> None:
@@ -356,6 +365,7 @@ def test_what_xet_storage_says_is_explained_like_what_the_hub_says(error: Except
     assert sentence in HubRepository(REPO).explain(XetError(error))
 
 
+@pytest.mark.slow
 def test_a_failure_of_xet_storage_is_retried_and_a_refusal_is_not(
     fork_server: ForkServer, hub: HubServer, run: Path, tmp_path: Path
 ) -> None:
@@ -520,6 +530,7 @@ def test_a_history_without_numbers_is_a_line_of_the_list(run: Path, values: list
     assert words in problem
 
 
+@pytest.mark.slow
 def test_a_partial_run_needs_to_be_allowed(hub: HubServer, publisher: Publisher, run: Path) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "layers": "0-2", "max_steps": 50}))
@@ -567,6 +578,7 @@ def test_a_refusal_is_one_sentence_with_the_remedy(
     assert not token or token not in done.output
 
 
+@pytest.mark.slow
 def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub: HubServer, publisher: Publisher, run: Path) -> None:
     hub.put(REPO, {"notes.txt": b"ours"})
 
@@ -667,6 +679,7 @@ def writing(publication: Update) -> list[int]:
 
 
 @pytest.mark.parametrize("faults", [(500, 503), ("drop",), ("lost",)])
+@pytest.mark.slow
 def test_a_failure_at_any_request_is_overcome(publication: Update, faults: tuple[Fault, ...]) -> None:
     def case(nth: int) -> None:
         fault = faults[nth % len(faults)]
@@ -682,6 +695,7 @@ def test_a_failure_at_any_request_is_overcome(publication: Update, faults: tuple
     at_requests(publication, case, writing(publication) if faults == ("lost",) else every)
 
 
+@pytest.mark.slow
 def test_a_kill_in_any_state_of_the_hub_leaves_a_whole_set_and_the_next_run_completes_it(publication: Update) -> None:
     def case(nth: int) -> None:
         with publication.hub(f"kill-{nth}") as hub:
@@ -708,6 +722,7 @@ def test_a_kill_in_any_state_of_the_hub_leaves_a_whole_set_and_the_next_run_comp
     at_requests(publication, case, [1, *(n + 1 for n in writing(publication))])
 
 
+@pytest.mark.slow
 def test_lost_answers_while_making_a_repository_a_branch_and_a_tag_are_overcome(update: Update) -> None:
     with HubServer(update.folder / "making") as hub:
         lost: set[str] = set()
@@ -728,6 +743,7 @@ def test_lost_answers_while_making_a_repository_a_branch_and_a_tag_are_overcome(
         assert published(hub) == {}
 
 
+@pytest.mark.slow
 def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(update: Update) -> None:
     settings = replace(update.settings, create_pr=True)
     with update.hub("lost-pr") as hub:
@@ -744,6 +760,7 @@ def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(upda
 
 
 @pytest.mark.parametrize("fault", [503, "drop"])
+@pytest.mark.slow
 def test_a_hub_that_stays_down_ends_the_command_in_one_sentence(update: Update, fault: Fault) -> None:
     with update.hub(f"down-{fault}") as hub:
         hub.fail(1, fault, times=1000)

@@ -59,6 +59,7 @@ def test_the_base_is_trained_far_below_the_unigram_entropy(base, held_out):
     assert loss < 0.6 * entropy
 
 
+@pytest.mark.slow
 def test_the_run_holds_what_the_readme_says(quickstart_run):
     run = quickstart_run.folder
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
@@ -90,6 +91,7 @@ def test_the_run_holds_what_the_readme_says(quickstart_run):
         assert history["variance_explained"][-1].as_py() == 1 - history["fvu"][-1].as_py()
 
 
+@pytest.mark.slow
 def test_a_layers_settings_say_what_the_fit_chose(tiny_fit, tmp_path):
     for micro_batch_size, flags in ((22, ()), (5, ("--micro_batch_size", 5))):
         run = tmp_path / f"run-{micro_batch_size}"
@@ -116,6 +118,7 @@ run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], recipe,
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_written_in_utf8_whatever_the_locale(tmp_path):
     ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     command = [sys.executable, "-c", WRITER, str(tmp_path / "run")]
@@ -126,6 +129,7 @@ def test_a_run_is_written_in_utf8_whatever_the_locale(tmp_path):
     assert described["base_model"] == "modèle"
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_what_to_try_next(quickstart_run):
     evaluation = json.loads((quickstart_run.folder / "evaluation.json").read_text())
     rows = {row[0]: row[1:] for row in map(str.split, quickstart_run.printed.splitlines()) if len(row) == 4}
@@ -140,6 +144,7 @@ def test_it_prints_a_table_and_what_to_try_next(quickstart_run):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_third_of_the_best_affine_maps_unexplained_variance(quickstart_run, base, held_out):
     """Both in float64, and the affine map solved on the very text it is measured on, which no fitted one can beat."""
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -161,6 +166,7 @@ def test_a_third_of_the_best_affine_maps_unexplained_variance(quickstart_run, ba
     assert sum(ours) <= sum(affine) / 3
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_written_weights_bit_for_bit(quickstart_run, tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     loads = [{"subfolder": f"layer_{layer}"} for layer in LAYERS]
@@ -176,6 +182,7 @@ def test_a_fresh_process_loads_the_written_weights_bit_for_bit(quickstart_run, t
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_all_layers_at_once_cost_the_base_at_most_eight_percent(quickstart_run, base, held_out):
     transcoders = [BilinearTC.from_pretrained(quickstart_run.folder / f"layer_{layer}") for layer in LAYERS]
 

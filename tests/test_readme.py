@@ -23,6 +23,7 @@ def beside_the_run(tmp_path, quickstart_run) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippets

@@ -14,6 +14,7 @@ from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, laye
 from forking import wait_until
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """Three kills fall while a checkpoint is written or the oldest removed, two while layers are, the rest anywhere."""
     settings, run, chance = ("--max_steps", 96), tmp_path / "run", random.Random(0)
@@ -50,6 +51,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(tiny_fit: TinyF
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path, number: signal.Signals) -> None:
     """And goes on with the same bits where it would choose another micro-batch now, which adds up in another order."""
     settings, run = ("--max_steps", 96), tmp_path / "run"
@@ -71,6 +73,7 @@ def test_asked_to_stop_it_saves_its_last_step(tiny_fit: TinyFit, tmp_path: Path,
     assert_same_layers(run, tiny_fit.reference(*settings))
 
 
+@pytest.mark.slow
 def test_wall_time_adds_up_over_resumes(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """A checkpoint is dated back a thousand seconds, of which the resumed fit knows nothing else."""
     run = tmp_path / "run"
@@ -86,6 +89,7 @@ def test_wall_time_adds_up_over_resumes(tiny_fit: TinyFit, tmp_path: Path) -> No
     assert (facts["steps"], facts["tokens"], facts["processes"]) == (24, (24 + 3) * 22 * 32, 1)
 
 
+@pytest.mark.slow
 def test_text_read_before_a_stop_is_not_read_again(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """Files that had been read to their end are broken before the fit goes on, which would fail if it read them."""
     settings, run = ("--max_steps", 96), tmp_path / "run"
@@ -101,6 +105,7 @@ def test_text_read_before_a_stop_is_not_read_again(tiny_fit: TinyFit, tmp_path: 
     assert_same_layers(run, tiny_fit.reference("--max_steps", 96))
 
 
+@pytest.mark.slow
 def test_a_finished_run_only_prints_its_table(tiny_fit: TinyFit, tmp_path: Path) -> None:
     validation = tmp_path / "data"
     write_text(validation, shards=2)
@@ -145,6 +150,7 @@ def test_killed_while_layers_are_first_written_each_is_whole_or_absent(tiny_fit:
     assert [name for name in partial(run) if "layer_1" in name]
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused_by_name(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert tiny_fit.run(run, "--max_steps", 4).returncode == 0
@@ -164,12 +170,14 @@ def test_a_changed_recipe_is_refused_by_name(tiny_fit: TinyFit, tmp_path: Path) 
     assert checkpoints(run) == [4, 8]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_never_came_to_fit_may_be_changed(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert tiny_fit.run(run, "--max_steps", 4, "--layers", 7).returncode == 1
     assert tiny_fit.run(run, "--max_steps", 4, "--layers", 1).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """Where there is none before it, the fit does not start anew by itself."""
     run = tmp_path / "run"

@@ -99,6 +99,7 @@ def test_layers_are_views_of_the_stack_and_gradients_do_not_add_up_over_steps(ne
         assert parameter.grad.any()
 
 
+@pytest.mark.slow
 def test_a_compiled_stack_gives_the_same_errors(neox):
     _, activations = filled(neox)
     inputs, outputs = activations.moments()
@@ -128,6 +129,7 @@ def test_a_compiled_stack_is_compiled_once_for_all_layers(neox):
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
+@pytest.mark.slow
 def test_a_compiled_base_is_compiled_once_for_all_layers_whichever_are_asked_for(name, request, monkeypatch):
     base = request.getfixturevalue(name)
     torch._dynamo.reset()
