@@ -17,6 +17,7 @@ from loading import load_in_fresh_process, run_files, saved_output
 from tiny_run import write_tiny_run
 
 
+@pytest.mark.slow
 def test_layers_load_over_http_at_every_kind_of_revision(tmp_path: Path) -> None:
     old = write_tiny_run(tmp_path / "old", layers=(0, 3), seed=1)
     new = write_tiny_run(tmp_path / "new", layers=(0, 3), seed=2)

@@ -12,7 +12,7 @@ from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, LossScores
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import FitFacts, Run, layer_settings
+from bilinear_tc.train.run import Run, layer_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS_A_STEP = 4096
@@ -46,17 +46,18 @@ def write_tiny_run(
         hidden_multiplier=n_hidden / n_inputs,
         seed=seed,
     )
-    facts = FitFacts(
-        steps=steps,
-        tokens=steps * TOKENS_A_STEP,
-        seconds=12.5,
-        device="cpu",
-        processes=1,
-        dtype="float32",
-        micro_batch_size=recipe.batch_size,
-        base_commit=None,
-        transformers="5.0.0",
-    )
+    facts = {
+        "steps": steps,
+        "tokens": steps * TOKENS_A_STEP,
+        "seconds": 12.5,
+        "device": "cpu",
+        "processes": 1,
+        "dtype": "float32",
+        "micro_batch_size": recipe.batch_size,
+        "base_commit": None,
+        "torch": str(torch.__version__),
+        "transformers": "5.0.0",
+    }
     run = Run(folder)
     run.write_root(recipe.to_dict())
     for layer in layers:
