@@ -71,7 +71,7 @@ class Base:
         self.commit: str | None = None
         self.tokenizer = tokenizer
         blocks_name, blocks = find_blocks(model.base_model)
-        mlp_name = find_mlp_name(blocks[0])
+        mlp_name = next(name for name, _ in blocks[0].named_children() if MLP_NAMES.fullmatch(name))
         self.layers = check_layers(layers, len(blocks))
         prefix = f"{model.base_model_prefix}.{blocks_name}" if model.base_model is not model else blocks_name
         self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
@@ -109,7 +109,12 @@ class Base:
             config = AutoConfig.from_pretrained(location, revision=revision)
         text_config = config.get_text_config()  # checked before gigabytes are read
         check_layers(layers, text_config.num_hidden_layers)
-        check_seq_len(seq_len, getattr(text_config, "max_position_embeddings", None))
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if seq_len is not None and positions is not None and seq_len > positions:
+            raise UserError(
+                f"the base takes sequences of up to {positions} tokens, but seq_len is {seq_len}; lower it with "
+                "--seq_len"
+            )
         with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
@@ -158,9 +163,7 @@ class Base:
                 part.forward = torch.compile(part.forward, dynamic=False)
 
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, in one
-        forward pass: `run`, with everything kept.
-        """
+        """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, as by `run`."""
         captured: dict[int, tuple[Tensor, Tensor]] = {}
         self.run(input_ids, lambda layer, x, y: captured.update({layer: (x, y)}))
         return captured
@@ -205,16 +208,8 @@ def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: len(item[1]))
 
 
-def find_mlp_name(block: nn.Module) -> str:
-    return next(name for name, _ in block.named_children() if MLP_NAMES.fullmatch(name))
-
-
 def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """The layers asked for, ascending; default: all.
-
-    Raises:
-        UserError: if one does not exist.
-    """
+    """The layers asked for, ascending (default: all); UserError if one does not exist."""
     missing = sorted(set(layers or ()) - set(range(num_layers)))
     if missing:
         raise UserError(
@@ -224,20 +219,8 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     return sorted(set(layers)) if layers else list(range(num_layers))
 
 
-def check_seq_len(seq_len: int | None, positions: int | None) -> None:
-    """Raises UserError if sequences are longer than the base has positions, as far as both are known."""
-    if seq_len is not None and positions is not None and seq_len > positions:
-        raise UserError(
-            f"the base takes sequences of up to {positions} tokens, but seq_len is {seq_len}; lower it with --seq_len"
-        )
-
-
 def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Each linear map in an MLP, by module name, in order of registration.
-
-    Raises:
-        UserError: if there are fewer than two.
-    """
+    """Each linear map in an MLP, by module name, in order of registration; UserError if there are fewer than two."""
     maps = {name: module for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     if len(maps) < 2:
         raise UserError(

@@ -102,11 +102,7 @@ class Recipe:
     seed: int = option(0, "The seed of the random start and of the shuffle.")
 
     def __post_init__(self) -> None:
-        """Refuses impossible values.
-
-        Raises:
-            UserError: one sentence that names the field, what was expected and what came.
-        """
+        """Refuses impossible values: UserError, with the field, what was expected and what came."""
         if type(self.layers) is int:  # what YAML makes of `layers: 3`
             self.layers = str(self.layers)
         for name, hint in get_type_hints(Recipe).items():
@@ -137,11 +133,7 @@ class Recipe:
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:
-        """The layers that `layers` names, ascending, or None for all.
-
-        Raises:
-            UserError: if it does not read like 0-5,9, or names a layer that no decoder has.
-        """
+        """The layers that `layers` names, ascending, or None for all; UserError if it does not read like 0-5,9."""
         if self.layers is None:
             return None
         indices: set[int] = set()
@@ -156,11 +148,7 @@ class Recipe:
         return sorted(indices)
 
     def n_hidden(self, n_inputs: int) -> int:
-        """Hidden units of a transcoder whose input has this width.
-
-        Raises:
-            UserError: if that is none.
-        """
+        """Hidden units of a transcoder whose input has this width; UserError if that is none."""
         units = round(self.hidden_multiplier * n_inputs)
         if units < 1:
             raise UserError(
@@ -180,11 +168,7 @@ class Recipe:
 
 
 def check_type(name: str, hint: Any, value: Any) -> None:
-    """Refuses a value that is not of its setting's type, which a recipe file may hold; a whole number is a number too.
-
-    Raises:
-        UserError: one sentence that names the setting, what was expected and what came.
-    """
+    """UserError if a value, as a recipe file may hold it, is not of its setting's type; whole numbers are numbers."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"{name} must be one of {', '.join(get_args(hint))}, got {value!r}")
@@ -197,11 +181,7 @@ def check_type(name: str, hint: Any, value: Any) -> None:
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe that is named or given by its path.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """The file of a recipe that is named or given by its path; UserError if there is none."""
     for path in (RECIPES / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
@@ -210,11 +190,7 @@ def recipe_file(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings.
-
-    Raises:
-        UserError: if it is not a readable YAML mapping.
-    """
+    """A YAML file of settings; UserError if it is not a readable YAML mapping."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -225,11 +201,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a recipe file.
-
-    Raises:
-        UserError: if it is not a YAML mapping or names a field that no recipe has.
-    """
+    """The settings in a recipe file; UserError if it is not a YAML mapping or names a field that no recipe has."""
     settings = read_yaml(path)
     unknown = sorted(set(map(str, settings)) - {f.name for f in dataclasses.fields(Recipe)})
     if unknown:
@@ -246,9 +218,9 @@ def named_recipe(name: str) -> Recipe:
     return Recipe(**read_settings(recipe_file(name)))
 
 
-def parse_settings(kind: type[T], description: str | None = None) -> T:
+def parse_settings(kind: type[T]) -> T:
     """A script's settings, a dataclass whose fields are its flags, from the command line."""
-    parser = HfArgumentParser(cast(Any, kind), allow_abbrev=False, description=description or kind.__doc__)
+    parser = HfArgumentParser(cast(Any, kind), allow_abbrev=False, description=kind.__doc__)
     (settings,) = parser.parse_args_into_dataclasses()
     return settings
 
@@ -256,10 +228,7 @@ def parse_settings(kind: type[T], description: str | None = None) -> T:
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file.
 
-    Exits with a usage message on an unknown flag.
-
-    Raises:
-        UserError: on an impossible value.
+    Exits with a usage message on an unknown flag; UserError on an impossible value.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(

@@ -158,10 +158,7 @@ class Run:
 
     @cached_property
     def scores(self) -> Evaluation:
-        """The layers' scores from one source: held out if evaluation.json covers every layer, else from the histories.
-
-        UserError if a layer has neither, or a file is not readable.
-        """
+        """The layers' scores from one source: held out if evaluation.json covers every layer, else from the histories."""
         held_out = self.evaluation
         if held_out is None or not set(self.layers) <= set(held_out.layers):
             return Evaluation(
@@ -292,14 +289,8 @@ class Run:
     ) -> None:
         """Writes every layer's folder, and notes when all are written; an evaluation of what they held is deleted.
 
-        Args:
-            transcoders: the layers' models, with their statistics set.
-            histories: of each layer.
-            recipe: the fit's settings.
-            facts: what the fit measured of itself; its `steps` among them.
-
-        Raises:
-            StorageError: if one cannot be written, as on a full disk; each file in the run is whole.
+        `facts` are what the fit measured of itself, its `steps` among them. StorageError if a file cannot be written,
+        as on a full disk; each file in the run is whole.
         """
         try:
             for void in (EVALUATION, EXPORTED):
@@ -380,10 +371,8 @@ def write_yaml(content: dict[str, Any], path: Path) -> None:
 def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder whose files become those of the folder `target` when the block ends without an error.
 
-    If `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first.
-
-    Raises:
-        StorageError: if they cannot be written, as on a full disk.
+    If `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first. StorageError
+    if they cannot be written, as on a full disk.
     """
     merge = target.is_dir() and not replace
     scratch = (target if merge else target.parent) / f".{target.name}.{secrets.token_hex(4)}.partial"

@@ -39,8 +39,7 @@ class HubUnreachable(HubRefusal):
 class XetError(ConnectionError):
     """An upload to Xet storage failed, whose client raises Python's own errors and tells an HTTP status in words only.
 
-    Attributes:
-        status: 401 or 403 if the token was refused, else None.
+    Its `status` is 401 or 403 if the token was refused, else None.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -144,9 +143,7 @@ class HubRepository:
 
     def explain(self, error: BaseException) -> str:
         """One sentence on what the Hub (or the way to it) refused, and what to do about it."""
-        owner = self.repo_id.split("/")[0]
-        status = status_of(error)
-        reason = redacted(error)
+        owner, status, reason = self.repo_id.split("/")[0], status_of(error), redacted(error)
         match status:
             case 401:
                 return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN anew"
@@ -192,11 +189,12 @@ class HubRepository:
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """Every file at a commit."""
 
-        def listed() -> dict[str, RemoteFile]:
-            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
-            return {entry.path: remote_file(entry) for entry in entries if isinstance(entry, RepoFile)}
-
-        return self.ask(listed)
+        entries = self.ask(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
+        return {
+            entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.lfs is not None)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        }
 
     def tags(self) -> dict[str, str]:
         """Every tag's commit."""
@@ -247,32 +245,21 @@ class HubRepository:
                 f"{self.repo_id} exists and is public, and --private only makes new repositories private: "
                 "change it in the repository's settings on the Hub, or leave --private out"
             )
-        return self.head() or self._create_branch()
-
-    def _create_branch(self) -> str:
+        if head := self.head():
+            return head
         if self.revision.startswith("refs/"):
             raise HubRefusal(f"{self.repo_id} has no {self.revision}: check --revision")
         self.ask(lambda: self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True))
-        head = self.head()
-        if head is None:
-            raise HubRefusal(f"the Hub does not show {self.revision} of {self.repo_id} yet: run the command again")
-        return head
+        if head := self.head():
+            return head
+        raise HubRefusal(f"the Hub does not show {self.revision} of {self.repo_id} yet: run the command again")
 
     def publish(
-        self,
-        local: Mapping[str, LocalFile],
-        changes: Changes,
-        *,
-        parent: str,
-        message: str,
-        create_pr: bool = False,
+        self, local: Mapping[str, LocalFile], changes: Changes, *, parent: str, message: str, create_pr: bool = False
     ) -> State:
-        """Uploads what is large, then makes one commit on `parent`.
+        """Uploads what is large, then makes one commit on `parent`; HubRefusal if the revision is no longer there.
 
         A commit whose answer was lost is found rather than made twice.
-
-        Raises:
-            HubRefusal: in one sentence, also if the revision is no longer at `parent`.
         """
         additions = [CommitOperationAdd(path, local[path].path) for path in changes.added + changes.replaced]
         options: dict[str, Any] = {"revision": self.revision, "create_pr": create_pr}
@@ -305,27 +292,18 @@ class HubRepository:
             self.api.preupload_lfs_files(self.repo_id, additions, **options)
         except (ConnectionError, PermissionError, RuntimeError) as error:
             # the HTTP library's errors are of its own types, and a file that cannot be read gives an error number
-            of_xet = type(network_error(error)) in (ConnectionError, NoneType) and getattr(error, "errno", None) is None
-            if of_xet:
+            if type(network_error(error)) in (ConnectionError, NoneType) and getattr(error, "errno", None) is None:
                 raise XetError(error) from error
             raise
 
     def tag(self, name: str, commit: str, message: str | None) -> None:
-        """Gives the commit a tag; nothing happens if it has it.
-
-        Raises:
-            HubRefusal: the tag names another commit.
-        """
+        """Gives the commit a tag; nothing happens if it has it. HubRefusal if the tag names another commit."""
         self.ask(
             lambda: self.api.create_tag(self.repo_id, tag=name, tag_message=message, revision=commit, exist_ok=True)
         )
         held = self.tags().get(name)
         if held != commit:
             raise HubRefusal(f"tag {name} names another commit ({held}): choose another with --tag")
-
-
-def remote_file(entry: RepoFile) -> RemoteFile:
-    return RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, entry.lfs is not None)
 
 
 def network_error(error: BaseException) -> BaseException | None:

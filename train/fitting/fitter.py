@@ -204,21 +204,13 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
     """The matrices' optimizer and the biases'; each group's `peak_lr` is what the schedule multiplies."""
     matrices = [p for p in stack.parameters.values() if p.ndim == 3]
     biases = [p for p in stack.parameters.values() if p.ndim == 2]
-    settings = {"lr": recipe.lr, "peak_lr": recipe.lr}
-    first: torch.optim.Optimizer
-    if recipe.optimizer != "adamw":
-        first = Muon(
-            [{"params": matrices, **settings}],
-            variant=recipe.optimizer,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            coefficients=recipe.newton_schulz,
-        )
+    group = {"params": matrices, "lr": recipe.lr, "peak_lr": recipe.lr}
+    optimizers: list[torch.optim.Optimizer] = []
+    if recipe.optimizer == "adamw":
+        optimizers.append(torch.optim.AdamW([group], betas=CARD_BETAS, weight_decay=recipe.weight_decay))
     else:
-        first = torch.optim.AdamW(
-            [{"params": matrices, **settings}], betas=CARD_BETAS, weight_decay=recipe.weight_decay
-        )
-    optimizers: list[torch.optim.Optimizer] = [first]
+        muon: dict[str, Any] = {"momentum": recipe.momentum, "coefficients": recipe.newton_schulz}
+        optimizers.append(Muon([group], variant=recipe.optimizer, weight_decay=recipe.weight_decay, **muon))
     if biases:
         group = {"params": biases, "lr": recipe.bias_lr, "peak_lr": recipe.bias_lr}
         optimizers.append(torch.optim.AdamW([group], betas=CARD_BETAS, weight_decay=0.0))

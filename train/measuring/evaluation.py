@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from bilinear_tc.train.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,36 +82,28 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The content of evaluation.json; what was not measured is left out."""
-        base = {"model": self.base, "ce": self.base_ce}
-        content: dict[str, Any] = {
+        together = {} if self.all_layers is None else {"all_layers": _measured(vars(self.all_layers))}
+        return {
             "dataset": self.dataset,
             "split": self.split,
             "tokens": self.tokens,
-            "base": _measured(base),
-            "layers": {str(layer): _measured(asdict(scores)) for layer, scores in self.layers.items()},
+            "base": _measured({"model": self.base, "ce": self.base_ce}),
+            "layers": {str(layer): _measured(vars(scores)) for layer, scores in self.layers.items()},
+            **together,
+            "mean": _measured({field.name: self.mean(field.name) for field in fields(LayerScores)}),
         }
-        if self.all_layers is not None:
-            content["all_layers"] = _measured(asdict(self.all_layers))
-        content["mean"] = _measured({field.name: self.mean(field.name) for field in fields(LayerScores)})
-        return content
 
     @classmethod
     def from_json(cls, content: Any) -> Evaluation:
-        """The evaluation that evaluation.json holds.
-
-        Raises:
-            UserError: the first of `json_problems`.
-        """
+        """The evaluation that evaluation.json holds; UserError with the first of `json_problems`."""
         for problem in json_problems(content):
             raise UserError(problem)
         base, all_layers = content.get("base", {}), content.get("all_layers")
-        layers = {int(layer): LayerScores(**_known(LayerScores, s)) for layer, s in content.get("layers", {}).items()}
+        layers = {int(layer): _known(LayerScores, scores) for layer, scores in content.get("layers", {}).items()}
         return cls(
             layers=dict(sorted(layers.items())),
-            all_layers=LossScores(**_known(LossScores, all_layers)) if all_layers else None,
-            dataset=content.get("dataset"),
-            split=content.get("split"),
-            tokens=content.get("tokens"),
+            all_layers=_known(LossScores, all_layers) if all_layers else None,
+            **{name: content.get(name) for name in ("dataset", "split", "tokens")},
             base=base.get("model"),
             base_ce=base.get("ce"),
         )
@@ -123,12 +117,9 @@ def json_problems(content: Any) -> Iterator[str]:
     for name, kind, expected in (("dataset", str, "a name"), ("split", str, "a name"), ("tokens", int, "a number")):
         if not isinstance(content.get(name), (kind, type(None))):
             yield f"{name} must be {expected}, got {content[name]!r}"
-    for name, needed in (
-        ("base", ()),
-        ("all_layers", ("ce_increase",) if content.get("all_layers") else ()),
-        ("mean", ()),
-    ):
+    for name in ("base", "all_layers", "mean"):
         if name in content:
+            needed = ("ce_increase",) if name == "all_layers" and content[name] else ()
             yield from _score_problems(name, content[name], needed)
     layers = content.get("layers", {})
     if not isinstance(layers, dict):
@@ -144,20 +135,17 @@ def _score_problems(name: str, scores: Any, needed: Sequence[str]) -> Iterator[s
     if not isinstance(scores, dict):
         yield f"{name} must hold scores by name, got {type(scores).__name__}"
         return
-    bad = [key for key, value in scores.items() if key != "model" and not _is_finite(value)]  # the base has a name
+    numbers = {key: value for key, value in scores.items() if key != "model"}  # the base has a name
+    bad = [key for key, v in numbers.items() if not isinstance(v, (int, float)) or not math.isfinite(v)]
     if bad:
         yield f"{', '.join(bad)} of {name} {'is not a finite number' if len(bad) == 1 else 'are not finite numbers'}"
     yield from (f"{name} has no {key}" for key in needed if key not in scores)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _measured(scores: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in scores.items() if value is not None}
 
 
-def _known(kind: type, scores: dict[str, float]) -> dict[str, float]:
-    """The scores that a class of this version knows: a later one may have written more."""
-    return {field.name: scores[field.name] for field in fields(kind) if field.name in scores}
+def _known(kind: type[T], scores: dict[str, float]) -> T:
+    """The scores that the class of this version knows: a later one may have written more."""
+    return kind(**{name: scores[name] for name in kind.__dataclass_fields__ if name in scores})  # type: ignore[attr-defined]
