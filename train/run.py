@@ -158,7 +158,7 @@ class Run:
 
     @cached_property
     def scores(self) -> Evaluation:
-        """The layers' scores from one source: held out if evaluation.json covers every layer, else from the histories."""
+        """The layers' scores from one source: held out if evaluation.json covers every layer, else of the histories."""
         held_out = self.evaluation
         if held_out is None or not set(self.layers) <= set(held_out.layers):
             return Evaluation(
