@@ -129,7 +129,8 @@ class BilinearTC(PreTrainedModel):
         """Run the base up to this layer's MLP, and return what enters and leaves it.
 
         Inside `attached` the input is the one that the base as spliced produces, and the output is still the true
-        MLP's on it.
+        MLP's on it. If the MLP takes the residual stream too and adds it itself (BLOOM, MPT), the output is what it
+        adds to it.
 
         Args:
             base: the language model, with its language-model head or without.
@@ -139,14 +140,18 @@ class BilinearTC(PreTrainedModel):
             The MLP's input [batch, seq, n_inputs] and its output [batch, seq, n_outputs], without gradients.
 
         Raises:
-            ValueError: the base does not have this transcoder's MLP, or its widths differ.
+            ValueError: the base does not have this transcoder's MLP, or it takes or returns something else.
             RuntimeError: the forward pass never came to that MLP.
         """
         mlp = self._find_mlp(base)
         true_forward = _true_forward(mlp)
 
         def record(*args: Any, **kwargs: Any) -> None:
-            raise _Captured(self._only_tensor(args, kwargs), true_forward(*args, **kwargs))
+            x, residual = self._input_and_residual(args, kwargs)
+            y = true_forward(*args, **kwargs)
+            if residual is not None:
+                y = self._added(true_forward, x, residual, y)
+            raise _Captured(x, y)
 
         try:
             with _forward_replaced(mlp, record), _eager():
@@ -176,14 +181,17 @@ class BilinearTC(PreTrainedModel):
 
         Raises:
             ValueError: the base does not have this transcoder's MLP, its widths differ, or it takes or returns more
-                than one tensor.
+                than one tensor (beside the residual stream, if it adds that to its output).
         """
         mlp = self._find_mlp(base)
-        self._check_replaceable(mlp, base)
+        adds_residual = self._check_replaceable(mlp, base)
 
         def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-            x = self._only_tensor(args, kwargs)
-            return self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
+            x, residual = self._input_and_residual(args, kwargs)
+            if (residual is not None) != adds_residual:
+                raise ValueError(f"{self._belongs()} in this base it takes a second tensor, and does not just add it.")
+            y = self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
+            return y if residual is None else residual + y
 
         with _forward_replaced(mlp, stand_in):
             yield base
@@ -316,17 +324,22 @@ class BilinearTC(PreTrainedModel):
             f"from width {self.config.n_inputs} to {self.config.n_outputs}, but"
         )
 
-    def _check_replaceable(self, mlp: nn.Module, base: nn.Module) -> None:
+    def _check_replaceable(self, mlp: nn.Module, base: nn.Module) -> bool:
         """Try the true MLP on one row of zeros: no reading of its weights could tell as surely what it takes and
-        returns."""
+        returns. True if it takes the residual stream too, and adds it to its output."""
         weights = [*mlp.parameters(), *base.parameters()]
         device = torch.device("cpu") if weights[0].is_meta else weights[0].device  # an offloaded MLP's hook moves it
         dtype = next(w.dtype for w in weights if w.is_floating_point() and w.dtype.itemsize > 1)  # not quantized
         zeros = torch.zeros(1, 1, self.config.n_inputs, dtype=dtype, device=device)
         generators = [device] if device.type == "cuda" else []
+        forward, adds_residual = _true_forward(mlp), False
         try:
             with torch.no_grad(), _hooks_silenced(mlp), torch.random.fork_rng(generators):
-                y = _true_forward(mlp)(zeros)
+                try:
+                    y = forward(zeros)
+                except TypeError:  # one that needs the residual stream too
+                    residual, adds_residual = torch.ones_like(zeros), True
+                    y = self._added(forward, zeros, residual, forward(zeros, residual))
         except torch.cuda.OutOfMemoryError:  # a RuntimeError that tells nothing about widths
             raise
         except (RuntimeError, TypeError, ValueError) as error:
@@ -337,16 +350,25 @@ class BilinearTC(PreTrainedModel):
         self._check_mlp_output(y)
         if y.shape[-1] != self.config.n_outputs:
             raise ValueError(f"{self._belongs()} in this base it returns width {y.shape[-1]}.")
+        return adds_residual
+
+    def _added(self, forward: Callable[..., Any], x: Tensor, residual: Tensor, y: Any) -> Tensor:
+        """What an MLP that gives y for x and the residual stream adds to the latter; ValueError if it does not add."""
+        added = forward(x, torch.zeros_like(residual))
+        if not isinstance(y, Tensor) or not torch.allclose(residual + added, y, rtol=1e-2, atol=1e-4):
+            raise ValueError(f"{self._belongs()} in this base it takes a second tensor, and does not just add it.")
+        return added
 
     def _check_mlp_output(self, y: Any) -> None:
         if not isinstance(y, Tensor):
             raise ValueError(f"{self._belongs()} in this base it returns a {type(y).__name__}, not one tensor.")
 
-    def _only_tensor(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _input_and_residual(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The MLP's input and, of an MLP that adds it to its output itself, the residual stream."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) != 1:
+        if not 1 <= len(tensors) <= 2 or tensors[0].shape[:-1] != tensors[-1].shape[:-1]:
             raise ValueError(f"{self._belongs()} in this base it takes {len(tensors)} tensors, not one.")
-        return tensors[0]
+        return tensors[0], tensors[1] if len(tensors) == 2 else None
 
     def _init_weights(self, module: nn.Module) -> None:
         """torch's own initialization of a Linear, uniform in ±1/√fan_in, and identity statistics; what a checkpoint

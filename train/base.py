@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -77,9 +78,10 @@ class Base:
         self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
         self._blocks_name = blocks_name
         self.num_layers = len(blocks)
-        maps = linear_maps(self.mlp(self.layers[0]))
-        widths = [width for module in maps.values() for width in map_widths(module)]
-        self.n_inputs, self.n_outputs, self.widest_map = widths[0], widths[-1], max(widths)
+        self._adds_residual = False
+        self.n_inputs, self.n_outputs = self._look_at_mlps()
+        widths = [width for module in linear_maps(self.mlp(self.layers[0])).values() for width in map_widths(module)]
+        self.widest_map = max([self.n_inputs, self.n_outputs, *widths])
 
     @classmethod
     def load(
@@ -165,7 +167,8 @@ class Base:
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, as by `run`."""
         captured: dict[int, tuple[Tensor, Tensor]] = {}
-        self.run(input_ids, lambda layer, x, y: captured.update({layer: (x, y)}))
+        # copies, since some decoders (Falcon) add to an MLP's output in place
+        self.run(input_ids, lambda layer, x, y: captured.update({layer: (x.clone(), y.clone())}))
         return captured
 
     @torch.no_grad()
@@ -180,15 +183,93 @@ class Base:
                 MLP has run, so that the activations of two layers need not exist at once.
         """
 
-        def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            return lambda _module, inputs, output: visit(layer, inputs[0], output)
+        seen = set()
 
-        handles = [self.mlp(layer).register_forward_hook(hook(layer)) for layer in self.layers]
+        def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+            def visit_layer(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+                seen.add(layer)
+                visit(layer, inputs[0], output)
+                return residuals.pop() + output if residuals else None
+
+            return visit_layer
+
+        residuals: list[Tensor] = []
+
+        def take_residual(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            """What is visited must be the MLP's own output, to which the residual stream is added afterwards."""
+            residuals.append(inputs[1])
+            return inputs[0], torch.zeros_like(inputs[1])
+
+        mlps = {layer: self.mlp(layer) for layer in self.layers}
+        handles = [mlp.register_forward_hook(hook(layer)) for layer, mlp in mlps.items()]
+        if self._adds_residual:
+            handles += [mlp.register_forward_pre_hook(take_residual) for mlp in mlps.values()]
         try:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
+        self._check_all_seen(seen)
+
+    def _check_all_seen(self, seen: Collection[int]) -> None:
+        for layer in self.layers:
+            if layer not in seen:
+                raise UserError(
+                    f"the forward pass never came to {self.mlp_path(layer)}: expected a decoder that runs each of its "
+                    f"{self.num_layers} layers on text; leave this layer out with --layers"
+                )
+
+    @torch.no_grad()
+    def _look_at_mlps(self) -> tuple[int, int]:
+        """Width of the MLPs' inputs and outputs, as a forward pass over two tokens shows them.
+
+        Raises:
+            UserError: if a layer's MLP is not run, or is anything but a map of one tensor to one, beside the residual
+                stream that some add to their output.
+        """
+        calls: dict[int, tuple[list[Tensor], Any]] = {}
+
+        def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+            def noted(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                calls[layer] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], output
+
+            return noted
+
+        mlps = {layer: self.mlp(layer) for layer in self.layers}
+        handles = [mlp.register_forward_hook(note(layer), with_kwargs=True) for layer, mlp in mlps.items()]
+        try:
+            self.model.base_model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device), use_cache=False
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._check_all_seen(calls)
+        kinds = {layer: self._kind_of_call(layer, *calls[layer]) for layer in self.layers}
+        first = self.layers[0]
+        for layer, kind in kinds.items():
+            if kind != kinds[first]:
+                raise UserError(
+                    f"{self.mlp_path(layer)} maps other widths than {self.mlp_path(first)}: expected the same of all "
+                    "layers; fit those that are alike with --layers"
+                )
+        n_inputs, n_outputs, self._adds_residual = kinds[first]
+        return n_inputs, n_outputs
+
+    def _kind_of_call(self, layer: int, tensors: list[Tensor], output: Any) -> tuple[int, int, bool]:
+        """Width of an MLP's input and output, and whether it adds the residual stream; UserError if it is no map."""
+        adds = False
+        if len(tensors) == 2 and isinstance(output, Tensor) and tensors[1].shape == output.shape:
+            own = self.mlp(layer)(tensors[0], torch.zeros_like(tensors[1]))
+            adds = torch.allclose(tensors[1] + own, output, rtol=1e-2, atol=1e-4)
+        if not isinstance(output, Tensor) or len(tensors) != 1 + adds or tensors[0].shape[:-1] != output.shape[:-1]:
+            came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"{self.mlp_path(layer)} ({type(self.mlp(layer)).__name__}) cannot be fitted: expected a map of one "
+                f"tensor [sequences, tokens, width] to one, got {len(tensors)} tensors in and {came} out; choose other "
+                "layers with --layers, or another base"
+            )
+        return tensors[0].shape[-1], output.shape[-1], adds
 
 
 def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -220,14 +301,8 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
 
 
 def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Each linear map in an MLP, by module name, in order of registration; UserError if there are fewer than two."""
-    maps = {name: module for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    if len(maps) < 2:
-        raise UserError(
-            f"{type(mlp).__name__} holds {len(maps)} linear maps: expected an MLP of two or more (mixtures of "
-            "experts and fused layers are not supported)"
-        )
-    return maps
+    """Each linear map in an MLP, by module name, in order of registration."""
+    return {name: module for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def map_widths(module: nn.Linear | Conv1D) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.processes import sum_over_processes
 
-ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation")
+ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl")
 RIDGE = 1e-5
 MICRO_ROWS = 8192  # rows whose hidden units exist at once
 

@@ -110,8 +110,9 @@ def mean_output(base: Base, transcoders: Sequence[BilinearTC]) -> Iterator[None]
     for transcoder in transcoders:
         mean = transcoder.output_mean
 
-        def say_mean(_mlp: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, mean: Tensor = mean) -> Tensor:
-            return mean.to(output).expand_as(output)
+        def say_mean(_mlp: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, mean: Tensor = mean) -> Tensor:
+            own = mean.to(output).expand_as(output).clone()  # some decoders (Falcon) add to it in place
+            return inputs[1] + own if len(inputs) == 2 else own  # and some MLPs (BLOOM, MPT) to the residual stream
 
         handles.append(base.mlp(transcoder.config.layer_index).register_forward_hook(say_mean))
     try:
