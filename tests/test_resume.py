@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_a_changed_recipe_is_refused_by_name(tiny_fit: TinyFit, tmp_path: Path) 
     ]
     assert layers(run) == before
 
-    anew = tiny_fit.run(run, "--max_steps", 8, "--layers", 1, "--no_resume")
+    anew = tiny_fit.run(run, "--max_steps", 8, "--layers", 1, "--no_resume", "--overwrite")
     assert (anew.returncode, "resuming" in anew.stdout) == (0, False)
     assert sorted(layers(run)) == ["layer_1"]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["max_steps"] == 8
@@ -197,3 +198,88 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny_fit: Tin
     assert f"WARNING: the checkpoint {newest} cannot be read (" in finished.stderr
     assert f"resuming {run} after step 4 of 24" in finished.stdout
     assert_same_layers(run, tiny_fit.reference())
+
+
+def flipped(path: Path) -> bytes:
+    """The file's content before one bit in its middle is turned over."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    return content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a bit", "another file"])
+def test_a_checkpoint_that_is_not_as_written_is_passed_over(tiny_fit: TinyFit, tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.rename", ".partial/step_00000012", "0")).returncode < 0
+    newest = run / "checkpoints" / "step_00000008.pt"
+    if damage == "a bit":
+        flipped(newest)
+    else:
+        torch.save({"weights": torch.zeros(3)}, newest)
+    finished = tiny_fit.run(run)
+    assert finished.returncode == 0
+    assert f"WARNING: the checkpoint {newest} cannot be read (" in finished.stderr
+    assert f"resuming {run} after step 4 of 24" in finished.stdout
+    assert_same_layers(run, tiny_fit.reference())
+
+
+@pytest.mark.slow
+def test_a_finished_set_is_not_fitted_over(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Neither without its checkpoints, nor by --no_resume alone; and other people's files outlive even --overwrite."""
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, "--max_steps", 4).returncode == 0
+    before = layers(run)
+    shutil.rmtree(run / "checkpoints")
+    again = tiny_fit.run(run, "--max_steps", 4)
+    assert (again.returncode, "closed form" in again.stderr) == (0, False)
+    assert layers(run) == before
+
+    refused = tiny_fit.run(run, "--max_steps", 4, "--no_resume")
+    assert refused.errors == [
+        f"error: {run} holds a finished set, which --no_resume would delete: name another --output_dir, or add "
+        "--overwrite"
+    ]
+    assert layers(run) == before
+
+    (run / "layer_0" / "notes.txt").write_text("mine")
+    (run / "layer_notes").mkdir()
+    (run / ".mine.partial").write_text("mine")
+    anew = tiny_fit.run(run, "--max_steps", 8, "--layers", 1, "--no_resume", "--overwrite")
+    assert anew.returncode == 0, anew.stderr
+    assert sorted(path.name for path in run.glob("*layer_*")) == ["layer_0", "layer_1", "layer_notes"]
+    assert [path.name for path in (run / "layer_0").iterdir()] == ["notes.txt"]
+    assert (run / ".mine.partial").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_layers_of_an_unfinished_fit_without_checkpoints_are_not_fitted_over(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, sabotage=("die_at", "os.rename", ".partial/step_00000012", "0")).returncode < 0
+    shutil.rmtree(run / "checkpoints")
+    (error,) = tiny_fit.run(run).errors
+    assert error.startswith(f"error: {run} holds layers that are not fitted to the end, and no checkpoint to resume")
+
+
+@pytest.mark.slow
+def test_a_finished_set_that_was_damaged_is_written_again_or_named(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert tiny_fit.run(run).returncode == 0
+    weights = [run / f"layer_{layer}" / "model.safetensors" for layer in (0, 1)]
+    whole = [path.read_bytes() for path in weights]
+
+    def swap() -> None:
+        for path, content in zip(weights, reversed(whole), strict=True):
+            path.write_bytes(content)
+
+    for damage in (lambda: flipped(weights[0]), weights[1].unlink, swap):
+        damage()
+        mended = tiny_fit.run(run)
+        assert mended.returncode == 0, mended.stderr
+        assert [path.read_bytes() for path in weights] == whole
+    shutil.rmtree(run / "checkpoints")
+    swap()
+    (error,) = tiny_fit.run(run).errors
+    assert "holds a finished set that is damaged, and no checkpoint" in error
+    assert "model.safetensors is missing, or not as it was written" in error, error

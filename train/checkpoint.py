@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from bilinear_tc.train.errors import StorageError, UserError, one_line
+from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.processes import on_main
-from bilinear_tc.train.run import CHECKPOINTS, Run, written_whole
+from bilinear_tc.train.run import CHECKPOINTS, Run
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Checkpoints:
         newest = on_main(lambda: self._newest_whole(read))
         if newest is None:
             return False
-        saved = read.get(newest) or _read(newest)
+        saved = read.get(newest) or self._read(newest)
         for name, state in self.states.items():
             state.load_state_dict(saved[name])
         return True
@@ -68,7 +69,7 @@ class Checkpoints:
         damaged: UserError | None = None
         for path in reversed(_oldest_first(self.folder)):
             try:
-                read[path] = _read(path)
+                read[path] = self._read(path)
                 return path
             except UserError as error:
                 logger.warning("%s: looking for an earlier one", error)
@@ -77,13 +78,24 @@ class Checkpoints:
             raise UserError(f"{damaged}, and no earlier one is whole: start anew with --no_resume") from damaged
         return None
 
+    def _read(self, path: Path) -> dict[str, Any]:
+        """What a checkpoint holds; UserError if the file is damaged, gone, or of something else."""
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch writes a checksum of each part, and does not look at it
+                if part := archive.testzip():
+                    raise ValueError(f"{part} is not what was written")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise UserError(f"the checkpoint {path} cannot be read ({one_line(error, 200)})") from error
+        if not isinstance(saved, dict) or set(saved) != set(self.states):
+            raise UserError(f"the checkpoint {path} cannot be read (it holds something else than this fit's state)")
+        return saved
+
     def _write(self, name: str) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
             with written_whole(self.folder) as scratch, (scratch / name).open("wb") as file:
                 torch.save({name: state.state_dict() for name, state in self.states.items()}, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a rename may outlive a power failure and the bytes not
         except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
             newest = newest_step(self.folder.parent)
             raise StorageError(
@@ -93,14 +105,6 @@ class Checkpoints:
             ) from error
         for old in _oldest_first(self.folder)[:-KEPT]:
             old.unlink()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds; UserError if the file is damaged or gone."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling a damaged file raises
-        raise UserError(f"the checkpoint {path} cannot be read ({one_line(error, 200)})") from error
 
 
 def newest_step(folder: Path) -> int | None:

@@ -33,7 +33,7 @@ from bilinear_tc.train.processes import (
     sum_over_processes,
 )
 from bilinear_tc.train.recipe import Recipe, parse_recipe
-from bilinear_tc.train.run import CHECKPOINTS, Run
+from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
 
@@ -46,7 +46,7 @@ def fit(recipe: Recipe) -> None:
     check_tracker(recipe.report_to)
     accelerator = start_accelerator(
         log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_config=ProjectConfiguration(recipe.output_dir, logging_dir=str(run.folder / CHECKPOINTS / "logs")),
+        project_config=ProjectConfiguration(recipe.output_dir, logging_dir=str(run.folder / CHECKPOINTS / LOGS)),
     )
     on_main(run.check_writable)
     on_main(lambda: run.check_continuable(recipe))
@@ -77,9 +77,15 @@ def check_tracker(name: str) -> None:
 
 def is_finished(run: Run, recipe: Recipe) -> bool:
     """Whether the run holds everything that its recipe asks for."""
-    fitted = recipe.resume and newest_step(run.folder) == run.exported_step == recipe.max_steps
-    if not fitted or recipe.eval_split is None:
-        return fitted
+    newest = newest_step(run.folder)
+    if not recipe.resume or not run.is_finished or (newest is not None and run.exported_step != newest):
+        return False
+    if newest is None and (problems := run.export_problems()):
+        raise UserError(
+            f"{run.folder} holds a finished set that is damaged, and no checkpoint to mend it: {problems[0]}"
+        )
+    if recipe.eval_split is None:
+        return True
     asked, used = ((r.eval_split, r.eval_tokens) for r in (recipe, run.recipe))
     return asked == used and run.evaluation is not None
 

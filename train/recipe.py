@@ -13,16 +13,21 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
-from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.files import read_yaml
 
 T = TypeVar("T")
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
+# Settings that change neither the weights nor the history of a fit, but for the order of additions.
+FREE_SETTINGS = {
+    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
+    *("checkpoint_every", "resume", "overwrite", "report_to"),
+}
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -96,6 +101,7 @@ class Recipe:
         "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run that is "
         "there, and starts anew.",
     )
+    overwrite: bool = option(False, "Let --no_resume delete a finished set.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "The tracker to send each step's scores to."
     )
@@ -187,17 +193,6 @@ def recipe_file(name: str) -> Path:
             return path
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     raise UserError(f"no recipe {name!r}: expected one of {known}, or a YAML file")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings; UserError if it is not a readable YAML mapping."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not readable as YAML: {one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold one setting a line, got a {type(settings).__name__}")
-    return settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -6,33 +6,38 @@ This file alone knows a run's files: what they are called, what they hold, and h
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
-import yaml
 from huggingface_hub import hf_hub_download, list_repo_files
-from safetensors import SafetensorError
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import StorageError, UserError, one_line
+from bilinear_tc.train.files import (
+    HISTORY_COLUMNS,
+    PARTIAL,
+    WRITE_ERRORS,
+    History,
+    read_history,
+    read_json,
+    read_yaml,
+    sha256_of,
+    write_history,
+    write_yaml,
+    written_whole,
+)
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json_problems
-from bilinear_tc.train.recipe import Recipe, read_settings, read_yaml
+from bilinear_tc.train.recipe import FREE_SETTINGS, Recipe, read_settings
 
 T = TypeVar("T")
-History = Mapping[str, Sequence[float]]  # by the columns of history.parquet, a value an optimizer step
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
@@ -45,18 +50,9 @@ CONFIG, WEIGHTS, SETTINGS, HISTORY = LAYER_FILES = (
     "history.parquet",
 )
 CHECKPOINTS = "checkpoints"
-EXPORTED = f"{CHECKPOINTS}/exported"
-HISTORY_COLUMNS = {
-    **dict.fromkeys(("step", "tokens"), pyarrow.int64()),
-    **dict.fromkeys(("mse", "variance_explained", "fvu"), pyarrow.float64()),
-}
+LOGS = "logs"  # the trackers', among the checkpoints
+EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
-# Settings that change neither the weights nor the history of a fit, but for the order of additions.
-FREE_SETTINGS = {
-    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
-    *("checkpoint_every", "resume", "report_to"),
-}
-WRITE_ERRORS = (OSError, SafetensorError, pyarrow.ArrowException)
 
 
 class Run:
@@ -186,12 +182,21 @@ class Run:
         return self.folder / f"layer_{layer}"
 
     def load(self, layer: int) -> BilinearTC:
-        """A layer's transcoder as its users load it, in evaluation mode; UserError if it does not load."""
+        """A layer's transcoder in evaluation mode; UserError unless it is of that layer, whole and finite."""
         try:
             revision = self.revision or "main"
-            return BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", revision=revision).eval()
+            place: dict[str, Any] = {"subfolder": f"layer_{layer}", "revision": revision}
+            loaded: Any = BilinearTC.from_pretrained(self.where, **place, output_loading_info=True)
         except Exception as error:  # a damaged file can make transformers fail in any way
             raise UserError(f"layer_{layer} of {self.where} does not load: {one_line(error)}") from error
+        transcoder, told = loaded
+        if transcoder.config.layer_index != layer:
+            raise UserError(f"layer_{layer} of {self.where} says that it is layer {transcoder.config.layer_index}")
+        wrong = {kind: sorted(map(str, told[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        wrong["values not finite"] = [name for name, t in transcoder.state_dict().items() if not t.isfinite().all()]
+        if found := [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in wrong.items() if names]:
+            raise UserError(f"the weights of layer_{layer} of {self.where} cannot be used ({'; '.join(found)})")
+        return transcoder.eval()
 
     @cached_property
     def _remote_files(self) -> set[str]:
@@ -241,8 +246,13 @@ class Run:
 
     def check_continuable(self, recipe: Recipe) -> None:
         """Raises UserError, naming the settings that differ, if the run was begun with a recipe of other results."""
-        begun = [*self.folder.glob("layer_*"), *self.folder.glob(f"{CHECKPOINTS}/step_*")]
-        if not recipe.resume or not begun or self._file(RECIPE) is None:
+        layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
+        if not recipe.resume and self.is_finished and not recipe.overwrite:
+            raise UserError(
+                f"{self.folder} holds a finished set, which --no_resume would delete: name another --output_dir, or "
+                "add --overwrite"
+            )
+        if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
             return
         before = self.recipe_settings
         differing = [
@@ -255,26 +265,66 @@ class Run:
                 f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
                 "resume it, another --output_dir, or --no_resume to start it anew"
             )
+        if layers and not checkpoints and not self.is_finished:
+            raise UserError(
+                f"{self.folder} holds layers that are not fitted to the end, and no checkpoint to resume from: name "
+                "another --output_dir, or --no_resume to start it anew"
+            )
 
     @property
     def exported_step(self) -> int | None:
-        """The step that all layers stand at, or None if some may stand at another."""
+        """The step that all layers stand at, or None if some may stand at another, or are not as they were written."""
         path = self._file(EXPORTED)
-        return None if path is None else int(path.read_text(encoding="utf-8"))
+        return None if path is None or self.export_problems() else read_json(path)["step"]
+
+    def export_problems(self) -> list[str]:
+        """What is not as the last export wrote it, a sentence each; nothing of an imported set, which has no record."""
+        path = self._file(EXPORTED)
+        if path is None:
+            begun = any(self.folder.glob(f"{CHECKPOINTS}/step_*.pt"))
+            return ["the layers were not all written: run the fit's command again, which writes them"] * begun
+        remedy = "run the fit's command again, which writes it from the checkpoint"
+        try:
+            hashes = read_json(path)["sha256"]
+            changed = [
+                n for n, value in hashes.items() if not (f := self.folder / n).is_file() or sha256_of(f) != value
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return [f"{EXPORTED} is not readable ({one_line(error)}): {remedy}"]
+        return [f"{file} is missing, or not as it was written: {remedy}" for file in changed]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it holds a set whose every layer was fitted for all the steps of its recipe."""
+        try:
+            return {self.fitted_steps(layer) for layer in self.layers} == {self.recipe.max_steps}
+        except UserError:
+            return False
 
     # Writing
 
     def begin(self, recipe: Recipe) -> None:
         """Writes the recipe and the code. What a killed process left half written is deleted, and, if the recipe says
-        not to resume, so is what was there before."""
+        not to resume, so is what was there before; of files, only those that bear names of this package."""
         if not recipe.resume:
-            for old in [*self.folder.glob(CHECKPOINTS), *self.folder.glob("layer_*")]:
-                shutil.rmtree(old)
-            (self.folder / EVALUATION).unlink(missing_ok=True)
+            self._delete_fit()
         for place in [self.folder, self.folder / CHECKPOINTS, *self.folder.glob("layer_*")]:
             for partial in place.glob(".*.partial"):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        self.write_root(recipe.to_dict())
+                if PARTIAL.fullmatch(partial.name):
+                    shutil.rmtree(partial)
+        self.write_root({name: value for name, value in recipe.to_dict().items() if name != "overwrite"})
+
+    def _delete_fit(self) -> None:
+        """Deletes what a fit has written; folders only if nothing else is in them."""
+        folders = [path for path in self.folder.glob("layer_*") if re.fullmatch(r"layer_\d+", path.name)]
+        files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
+        for file in [*files, *self.folder.glob(f"{CHECKPOINTS}/step_*.pt")]:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / CHECKPOINTS / LOGS, ignore_errors=True)
+        for folder in [*folders, self.folder / CHECKPOINTS]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        self._forget()
 
     def write_root(self, recipe_settings: dict[str, Any]) -> None:
         """Writes the recipe, and the code that makes the layers loadable."""
@@ -297,7 +347,11 @@ class Run:
                 (self.folder / void).unlink(missing_ok=True)
             for transcoder, history in zip(transcoders, histories, strict=True):
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
-            (self.folder / EXPORTED).write_text(str(facts["steps"]), encoding="utf-8")
+            folders = [self.layer_folder(transcoder.config.layer_index) for transcoder in transcoders]
+            hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
+            with written_whole(self.folder) as scratch:
+                exported = json.dumps({"step": facts["steps"], "sha256": hashes}, indent=2) + "\n"
+                (scratch / EXPORTED).write_text(exported, encoding="utf-8")
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -307,11 +361,10 @@ class Run:
 
     def write_layer(self, transcoder: BilinearTC, history: History, settings: dict[str, Any]) -> None:
         """Writes one layer's folder: the model, its settings for a reader, and its history."""
-        columns = {name: pyarrow.array(history[name], kind) for name, kind in HISTORY_COLUMNS.items()}
         with written_whole(self.layer_folder(transcoder.config.layer_index)) as scratch:
             save_weights(transcoder, scratch)
             write_yaml(settings, scratch / SETTINGS)
-            pyarrow.parquet.write_table(pyarrow.table(columns), scratch / HISTORY)
+            write_history(history, scratch / HISTORY)
         self._forget()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
@@ -344,53 +397,3 @@ def save_weights(transcoder: BilinearTC, folder: Path) -> None:
     transcoder.save_pretrained(folder)
     for name in CODE_FILES:
         (folder / name).unlink(missing_ok=True)
-
-
-def read_history(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a history.parquet."""
-    try:
-        table = pyarrow.parquet.read_table(path, columns=list(HISTORY_COLUMNS))
-        history = {name: table[name].to_numpy() for name in HISTORY_COLUMNS}
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are subclasses of these
-        raise UserError(f"{path} is not a history: {one_line(error)}") from error
-    for name, values in history.items():
-        if not np.issubdtype(values.dtype, np.number):
-            raise UserError(f"{path} is not a history: expected numbers in its column {name}")
-    return history
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_yaml(content: dict[str, Any], path: Path) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-@contextmanager
-def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A scratch folder whose files become those of the folder `target` when the block ends without an error.
-
-    If `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first. StorageError
-    if they cannot be written, as on a full disk.
-    """
-    merge = target.is_dir() and not replace
-    scratch = (target if merge else target.parent) / f".{target.name}.{secrets.token_hex(4)}.partial"
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        if merge:
-            for file in sorted(scratch.iterdir()):
-                os.replace(file, target / file.name)
-        else:
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(scratch, target)
-    except UserError:
-        raise
-    except WRITE_ERRORS as error:
-        raise StorageError(
-            f"{target} cannot be written ({one_line(error)}): make room on the disk, or check that you may write "
-            "there, and run the same command again"
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
-from bilinear_tc.train.run import Run, written_whole
+from bilinear_tc.train.run import Run
 from bilinear_tc.upload.tables import format_fvu, layer_ranges
 
 FIGURES = "figures"

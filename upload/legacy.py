@@ -27,9 +27,10 @@ from tqdm import tqdm
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
+from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import EVALUATION, RECIPE, Run, written_whole
+from bilinear_tc.train.run import EVALUATION, RECIPE, Run
 from bilinear_tc.train.text.batches import TokenBatches
 from bilinear_tc.train.text.documents import Documents
 from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, Checkpoint, export_checkpoint, read_checkpoint

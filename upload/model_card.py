@@ -20,8 +20,9 @@ from bilinear_tc.modeling_bilinear_tc import STATISTICS
 from bilinear_tc.train import run as files
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
-from bilinear_tc.train.run import Run, written_whole
+from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.documents import PYTHON_STDLIB
 from bilinear_tc.upload.figures import FIGURES, described_figures
 from bilinear_tc.upload.findings import findings

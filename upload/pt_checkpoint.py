@@ -36,7 +36,8 @@ from torch import Tensor
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig, form_of
 from bilinear_tc.modeling_bilinear_tc import STATISTICS
 from bilinear_tc.train.errors import UserError, one_line
-from bilinear_tc.train.run import WEIGHTS, Run, written_whole
+from bilinear_tc.train.files import written_whole
+from bilinear_tc.train.run import WEIGHTS, Run
 
 CONFIG_FIELDS = (
     "n_inputs",

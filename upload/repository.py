@@ -92,7 +92,7 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
         UserError: it holds no layers at all.
     """
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
-    problems += disagreements(run)
+    problems += [*run.export_problems(), *disagreements(run)]
     problems += score_problems(run)
     problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial=allow_partial)
     if problems:  # the same may keep several things from being read

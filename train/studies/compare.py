@@ -22,11 +22,11 @@ from tqdm import tqdm
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base, linear_maps
 from bilinear_tc.train.errors import UserError, command_line
+from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
-from bilinear_tc.train.run import written_whole
 from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
 matplotlib.use("Agg")

@@ -1,0 +1,108 @@
+"""A run's layers are read only if they are whole, finite and where they belong; an export leaves a record of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import write_tiny_run
+
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.files import written_whole
+from bilinear_tc.train.run import Run
+from bilinear_tc.upload.repository import UnfitRun, check_publishable
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(write_tiny_run(tmp_path / "run"))
+
+
+def change_weights(run: Run, layer: int, **changes: torch.Tensor | None) -> None:
+    """Sets tensors of a layer's file; None takes one out."""
+    path = run.layer_folder(layer) / "model.safetensors"
+    tensors = load_file(path) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"head__weight": None}, r"cannot be used \(missing keys: head.weight\)"),
+        ({"input_std": None}, r"cannot be used \(missing keys: input_std\)"),
+        ({"middle__weight": torch.ones(2)}, r"cannot be used \(unexpected keys: middle.weight\)"),
+        ({"left__bias": torch.full((16,), torch.nan)}, r"cannot be used \(values not finite: left.bias\)"),
+        ({"output_mean": torch.full((8,), torch.inf)}, r"cannot be used \(values not finite: output_mean\)"),
+        ({"head__weight": torch.ones(8, 15)}, r"layer_1 of .* (does not load|cannot be used)"),
+    ],
+)
+def test_a_layer_whose_weights_are_not_its_own_is_not_read(run: Run, changes: dict, sentence: str) -> None:
+    change_weights(run, 1, **changes)
+    run.load(0)
+    with pytest.raises(UserError, match=sentence):
+        run.load(1)
+
+
+def test_layers_in_each_others_folders_are_not_read(run: Run) -> None:
+    for old, new in (("layer_0", "aside"), ("layer_1", "layer_0"), ("aside", "layer_1")):
+        (run.folder / old).rename(run.folder / new)
+    with pytest.raises(UserError, match=r"layer_0 of .* says that it is layer 1"):
+        run.load(0)
+
+
+def export(run: Run, steps: int = 5) -> None:
+    transcoders = [run.load(layer) for layer in run.layers]
+    histories = [run.history(layer) for layer in run.layers]
+    run.write_layers(transcoders, histories, run.recipe, {"steps": steps})
+
+
+def test_an_export_is_known_by_its_record_and_by_every_file_of_it(run: Run) -> None:
+    assert run.exported_step is None
+    export(run)
+    assert run.exported_step == 5
+    record = json.loads((run.folder / "exported.json").read_text())
+    assert set(record["sha256"]) == {
+        f"layer_{layer}/{name}"
+        for layer in (0, 1)
+        for name in ("config.json", "config.yaml", "history.parquet", "model.safetensors")
+    }
+    settings = run.folder / "layer_1" / "config.yaml"
+    settings.write_text(settings.read_text() + "\n")
+    assert run.exported_step is None
+    assert run.export_problems() == [
+        "layer_1/config.yaml is missing, or not as it was written: run the fit's command again, which writes it from "
+        "the checkpoint"
+    ]
+
+
+def test_what_an_export_did_not_end_or_was_changed_since_is_not_published(run: Run) -> None:
+    check_publishable(run)
+    (run.folder / "checkpoints" / "step_00000005.pt").touch()
+    with pytest.raises(UnfitRun, match="the layers were not all written: run the fit's command again"):
+        check_publishable(run)
+    export(run)
+    check_publishable(Run(run.folder))
+    change_weights(run, 0, left__bias=torch.zeros(16))
+    with pytest.raises(UnfitRun, match=r"layer_0/model.safetensors is missing, or not as it was written"):
+        check_publishable(Run(run.folder))
+
+
+def test_a_set_is_finished_if_every_layer_has_all_steps(run: Run) -> None:
+    assert run.is_finished
+    export(run, steps=4)
+    assert not Run(run.folder).is_finished
+
+
+def test_files_reach_the_disk_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: order.append("sync"))
+    monkeypatch.setattr("os.replace", lambda old, new: order.append("rename"))
+    target = tmp_path / "there"
+    target.mkdir()
+    with written_whole(target) as scratch:
+        (scratch / "a").write_text("1")
+        (scratch / "b").write_text("2")
+    assert order == ["sync", "sync", "rename", "rename", "sync"]
