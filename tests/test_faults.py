@@ -224,7 +224,7 @@ def test_broken_text_is_named_and_costs_no_step(
             [8, 8],
         ),
         (
-            "layer_1/",
+            "layer_1/.layer_1",
             6_000,
             "the layers could not all be written to .*: those that are there are whole, .*; make room on the disk",
             4,
