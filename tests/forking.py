@@ -93,11 +93,7 @@ class ForkServer:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self.environment,
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
         )
 
     def ask(self, request: dict[str, Any]) -> Any:

@@ -84,11 +84,7 @@ def test_the_run_is_published_and_every_layer_loads_from_the_hub(evaluated_run, 
 
         command = [sys.executable, "train/evaluate.py", "--transcoders", "tester/quickstart", "--tokens", "4096"]
         done = subprocess.run(
-            [*command, "--output", tmp_path / "measured"],
-            cwd=REPOSITORY,
-            env=reader,
-            capture_output=True,
-            text=True,
+            [*command, "--output", tmp_path / "measured"], cwd=REPOSITORY, env=reader, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-4000:]
         assert json.loads((tmp_path / "measured" / "evaluation.json").read_text())["tokens"] == 4096

@@ -64,8 +64,7 @@ def test_an_interrupt_has_its_own_status_and_other_processes_say_which_they_are(
 
 
 @pytest.mark.parametrize(
-    ("message", "line"),
-    [("a\n  b\tc.", "a b c"), ("", "ValueError"), ("x" * 500, "x" * 400 + " …")],
+    ("message", "line"), [("a\n  b\tc.", "a b c"), ("", "ValueError"), ("x" * 500, "x" * 400 + " …")]
 )
 def test_a_librarys_message_becomes_one_line(message: str, line: str) -> None:
     assert errors.one_line(ValueError(message)) == line

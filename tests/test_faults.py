@@ -13,15 +13,7 @@ import pytest
 import torch
 import zstandard
 from bases import write_base
-from fitting import (
-    TinyFit,
-    assert_loads,
-    assert_same_layers,
-    checkpoints,
-    layers,
-    partial,
-    write_text,
-)
+from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, write_text
 from loading import load_in_fresh_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 

@@ -13,14 +13,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from fitting import (
-    TinyFit,
-    assert_loads,
-    assert_same_layers,
-    checkpoints,
-    layers,
-    partial,
-)
+from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial
 from forking import DEADLINE, Finished, wait_until
 from safetensors.torch import load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

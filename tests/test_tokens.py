@@ -327,14 +327,7 @@ def test_closing_pauses_the_iteration(texts, tokenizer, small_chunks) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        {"seq_len": 0},
-        {"batch_size": 0},
-        {"shuffle_buffer": -1},
-        {"workers": -1},
-        {"prefetch": 0},
-        {"epochs": 0},
-    ],
+    [{"seq_len": 0}, {"batch_size": 0}, {"shuffle_buffer": -1}, {"workers": -1}, {"prefetch": 0}, {"epochs": 0}],
 )
 def test_impossible_arguments_are_refused(tokenizer, arguments: dict[str, int]) -> None:
     (name,) = arguments

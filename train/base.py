@@ -96,15 +96,14 @@ class Base:
     ) -> Base:
         """Loads a base by Hub id or folder.
 
+        UserError if the folder or repository holds no model, a layer does not exist, or the sequences are longer than
+        its positions.
+
         Args:
             name, revision: where it is.
             layers: the layers to look into; default: all.
             seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
             device, dtype: where its weights go, and as what.
-
-        Raises:
-            UserError: if the folder or repository holds no model, a layer does not exist, or the sequences are
-                longer than its positions.
         """
         location = base_location(name)
         with one_sentence(name):

@@ -44,16 +44,14 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Writes the state after `step` steps; for all processes together.
 
-        Raises:
-            StorageError: if it cannot be written, as on a full disk; the checkpoints before it are as they were.
+        StorageError if it cannot be written, as on a full disk; the checkpoints before it are as they were.
         """
         on_main(lambda: self._write(f"step_{step:08d}.pt"))
 
     def load_newest(self) -> bool:
         """Puts the states of the newest whole checkpoint back; returns False if there are no checkpoints.
 
-        Raises:
-            UserError: if there are, but none can be read.
+        UserError if there are, but none can be read.
         """
         read: dict[Path, dict[str, Any]] = {}
         newest = on_main(lambda: self._newest_whole(read))

@@ -93,12 +93,9 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
 def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
     """Fits from the newest checkpoint, or from the start, to the last step, and leaves every layer in the run.
 
-    Raises:
-        TextError: if the text fails; all steps before are saved.
-        NotFiniteError: on a NaN, or if a transcoder diverges; the run holds the layers as they were before it, or as
-            they were last saved, and the checkpoints stay.
-        Interrupted: if the process was asked to stop; all steps are saved.
-        StorageError: if the disk is full; the checkpoints written before stay.
+    Every step made is saved if the text fails (TextError) or the process is asked to stop (Interrupted). On a NaN, or
+    if a transcoder diverges (NotFiniteError), the run holds the layers as they were before it or as they were last
+    saved. What was saved before stays if the disk is full (StorageError).
     """
     device = accelerator.device
     with open_batches(recipe, base.tokenizer, device) as batches, tracked(accelerator, recipe):

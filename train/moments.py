@@ -46,9 +46,7 @@ class Moments:
     def stack(moments: list[Moments]) -> Moments:
         """Moments of several tensors over the same rows as one, along a new first axis."""
         return Moments(
-            moments[0].count,
-            torch.stack([m.mean for m in moments]),
-            torch.stack([m.deviation for m in moments]),
+            moments[0].count, torch.stack([m.mean for m in moments]), torch.stack([m.deviation for m in moments])
         )
 
     def merge(self, other: Moments) -> Moments:

@@ -69,8 +69,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def on_main(work: Callable[[], T]) -> T:
     """Does some work on the main process while the others wait; its result, a small one, is returned on all.
 
-    Raises:
-        ElsewhereError: on the other processes, if the work raised an error on the main one, which raises that.
+    ElsewhereError on the other processes, if the work raised an error on the main one, which raises that.
     """
     if process_count() == 1:
         return work()

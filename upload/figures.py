@@ -70,13 +70,12 @@ CURVES: tuple[dict[str, Any], ...] = (
 def draw_figures(run: Run, folder: Path) -> list[Path]:
     """Draws a run's figures into a folder, and deletes training curves of an earlier set of layers from it.
 
+    UserError if the run has no layers, a layer has neither held-out scores nor a history, or the folder cannot be
+    written.
+
     Returns:
         The files written: `all_layers_comparison.png`, then `training_curves_overlaid_layers_{a}_{b}.png` for
         every six layers that have a training history (a fit of no steps has none).
-
-    Raises:
-        UserError: if the run has no layers, a layer has neither held-out scores nor a history, or the folder cannot
-            be written.
     """
     with written_whole(folder) as scratch, matplotlib.rc_context(STYLE):
         save(comparison(run.scores), scratch / COMPARISON)

@@ -7,14 +7,7 @@ from statistics import fmean
 import numpy as np
 
 from bilinear_tc.train.measuring.evaluation import Evaluation
-from bilinear_tc.upload.tables import (
-    consecutive,
-    format_fvu,
-    format_nats,
-    format_percent,
-    layer_ranges,
-    like_layers,
-)
+from bilinear_tc.upload.tables import consecutive, format_fvu, format_nats, format_percent, layer_ranges, like_layers
 
 
 def findings(scores: Evaluation) -> list[str]:

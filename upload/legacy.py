@@ -41,8 +41,7 @@ SEQUENCES_AT_ONCE = 8
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Every checkpoint in a folder or in its folders `layer_*`, by layer.
 
-    Raises:
-        UserError: if there is none, one is not readable, or two are of one layer.
+    UserError if there is none, one is not readable, or two are of one layer.
     """
     paths = sorted([*folder.glob("*.pt"), *folder.glob("layer_*/*.pt")])
     if not paths:
@@ -81,6 +80,8 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
 
     The statistics that checkpoints lack are measured from the base over the first `seq_len` tokens of each document, as
     such checkpoints were fitted: shorter documents are padded with the end of text, and the padding counts like text.
+    UserError if a checkpoint is refused, the run is there already or cannot be written, base and text are missing or do
+    not fit, or the base gives a NaN or an infinity.
 
     Args:
         folder: holds the checkpoints.
@@ -89,10 +90,6 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
 
     Returns:
         The run.
-
-    Raises:
-        UserError: if a checkpoint is refused, the run is there already or cannot be written, base and text are
-            missing or do not fit, or the base gives a NaN or an infinity.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is there already: name another --output_dir, or remove it")

@@ -58,6 +58,9 @@ def write_model_card(
 ) -> Path:
     """Writes README.md into a repository folder; call it once everything else is in the folder.
 
+    UserError if the run has no layers, its files are not readable, the card does not pass `check_card`, or it cannot be
+    written.
+
     Args:
         run: the run that the repository was built from.
         repository: the folder, laid out like a run; the card shows its figures and links to its files.
@@ -67,10 +70,6 @@ def write_model_card(
 
     Returns:
         The card's path.
-
-    Raises:
-        UserError: if the run has no layers, its files are not readable, the card does not pass `check_card`, or it
-            cannot be written.
     """
     context = card_context(run, repository, repo_id=repo_id, author=author) | {"cast_to": cast_to}
     environment = jinja2.Environment(
@@ -91,9 +90,8 @@ def write_model_card(
 def check_card(card: str, repository: Path) -> None:
     """What can be checked of a card without the Hub (`ModelCard.validate` asks the Hub itself).
 
-    Raises:
-        UserError: if its metadata does not parse back, names a base or data set that cannot be on the Hub, or a
-            relative link or image leads to no file of the folder.
+    UserError if its metadata does not parse back, names a base or data set that cannot be on the Hub, or a relative
+    link or image leads to no file of the folder.
     """
     data = ModelCard(card).data.to_dict()
     for name in filter(None, [data.get("base_model"), *(data.get("datasets") or [])]):

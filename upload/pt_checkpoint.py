@@ -85,8 +85,7 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads one `.pt` file, running nothing that is in it.
 
-    Raises:
-        UserError: if it is not a torch checkpoint, asks for a class other than its config's, or lacks a key.
+    UserError if it is not a torch checkpoint, asks for a class other than its config's, or lacks a key.
     """
     content = load_inert(path)
     if not isinstance(content, dict) or "model_state_dict" not in content:
@@ -113,8 +112,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_inert(path: Path) -> Any:
     """A pickled checkpoint's content, its tensors memory-mapped, the object at `config` as a bag of attributes.
 
-    Raises:
-        UserError: if the file is not a torch checkpoint, or its pickle asks for anything but tensors and that class.
+    UserError if the file is not a torch checkpoint, or its pickle asks for anything but tensors and that class.
     """
     named, config_class = pickled_globals(path)
     try:
@@ -189,10 +187,8 @@ def allowed_alone(cls: type | None) -> Iterator[None]:
 def read_weights(state: Any, path: Path) -> tuple[dict[str, Tensor], BilinearTCConfig]:
     """The weights in a state dict, and the widths, bias and form that they have.
 
-    A map without a bias among maps with one gets a bias of zeros.
-
-    Raises:
-        UserError: if its maps are those of no form, or their widths do not match.
+    A map without a bias among maps with one gets a bias of zeros. UserError if its maps are those of no form, or their
+    widths do not match.
     """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: model_state_dict must hold tensors by name")
@@ -263,10 +259,8 @@ def export_checkpoint(run: Run, layer: int, folder: Path) -> Path:
     """Writes one layer of a run as a checkpoint into a folder, and returns the file.
 
     `config` is an OrderedDict whose entries are attributes too: `torch.load` reads it with `weights_only=True`, its
-    default, without any module of ours, and `config.n_inputs` works as the readers of that layout write it.
-
-    Raises:
-        UserError: if the run does not hold that layer whole, or the file cannot be written.
+    default, without any module of ours, and `config.n_inputs` works as the readers of that layout write it. UserError
+    if the run does not hold that layer whole, or the file cannot be written.
     """
     weights = run.layer_folder(layer) / WEIGHTS
     try:

@@ -19,14 +19,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
-from bilinear_tc.upload.repository import (
-    DTYPES,
-    LocalFile,
-    build_repository,
-    check_publishable,
-    list_files,
-    load_layer,
-)
+from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
 
 FOLDER = "repository"
 
@@ -153,8 +146,7 @@ def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
 def verify(hub: HubRepository, commit: str, local: Mapping[str, LocalFile], run: Run, save_dtype: str | None) -> None:
     """Reads the set back from the Hub at one commit: sizes and hashes of all files, and one layer as users load it.
 
-    Raises:
-        UserError: if the Hub holds something else than what was sent.
+    UserError if the Hub holds something else than what was sent.
     """
     layer = run.layers[0]
     remote = hub.files(commit)

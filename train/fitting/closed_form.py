@@ -60,11 +60,7 @@ class MLPWeights:
 
     @classmethod
     def of(cls, mlp: nn.Module) -> MLPWeights:
-        """Reads an MLP's weights.
-
-        Raises:
-            UserError: if it is neither a two-matrix nor a gated MLP of separate maps.
-        """
+        """Reads an MLP's weights. UserError if it is neither a two-matrix nor a gated MLP of separate maps."""
         maps = linear_maps(mlp)
         act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
         gate_name = next((name for name in maps if "gate" in name), None)
@@ -222,14 +218,13 @@ def units(transcoder: BilinearTC, x: Tensor) -> Tensor:
 def closed_form_start(stack: Stack, base: Base, calibration: Callable[[str], Iterable[Activations]]) -> None:
     """Sets every layer's transcoder from its MLP, and the stack's moments from the same rows.
 
+    UserError if an MLP is neither plain nor gated.
+
     Args:
         stack: the transcoders.
         base: the decoder whose MLPs they stand in for.
         calibration: given what it is for, runs the base over the calibration sample, batch by batch. It is called
             twice: first moments are taken, then the heads are solved.
-
-    Raises:
-        UserError: if an MLP is neither plain nor gated.
     """
     set_all_units(stack, base, calibration("moments"))
     solve_heads(stack, calibration("heads"))

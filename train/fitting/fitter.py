@@ -77,7 +77,7 @@ class Fitter:
         return self.stack.inputs.count
 
     def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step.
+        """One optimizer step. NotFiniteError on a NaN in the base's activations, before anything is updated.
 
         Args:
             batch: this process's share of the global batch.
@@ -86,9 +86,6 @@ class Fitter:
         Returns:
             Mean squared error [layers] and FVU [layers] on the batch's z-scored outputs, before the update, float64
             on the CPU; and the rows of the global batch.
-
-        Raises:
-            NotFiniteError: on a NaN in the base's activations, before anything is updated.
         """
         with self.timer("base"):
             self.activations.fill(batch, self.micro_batch_size)

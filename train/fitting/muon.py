@@ -167,7 +167,8 @@ class Muon(torch.optim.Optimizer):
     All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialized, every
     process must hold the same parameters and gradients (already reduced); each then orthogonalizes its share of the
     matrices, the results are gathered, and all processes apply the same update. The momentum is kept whole on each
-    process: that costs one pass over memory and makes any process's `state_dict` the full one.
+    process: that costs one pass over memory and makes any process's `state_dict` the full one. ValueError for a
+    parameter that is not a stack of real matrices, or an unknown name.
 
     Args:
         params: tensors [layers, rows, cols], or parameter groups of them.
@@ -176,9 +177,6 @@ class Muon(torch.optim.Optimizer):
         variant: "normuon" divides every row (neuron) of the update by the root of its running mean square, and sets
             the update's root mean square to 0.2·lr in place of the root above (Li et al. 2025, arXiv:2510.05491,
             algorithm 1, but with Nesterov's momentum).
-
-    Raises:
-        ValueError: for a parameter that is not a stack of real matrices, or an unknown name.
     """
 
     def __init__(

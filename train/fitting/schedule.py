@@ -11,13 +11,12 @@ WSD_DECAY = 0.2
 def schedule(name: str, step: int, max_steps: int) -> float:
     """The factor on the learning rate for one optimizer step.
 
+    ValueError for an unknown name, a negative step, or `max_steps` below 1.
+
     Args:
         name: one of `SCHEDULES`.
         step: steps already made, so 0 for the first one.
         max_steps: steps in the whole fit.
-
-    Raises:
-        ValueError: for an unknown name, a negative step, or `max_steps` below 1.
     """
     if name not in SCHEDULES:
         raise ValueError(f"The schedule must be one of {', '.join(SCHEDULES)}, not {name!r}.")

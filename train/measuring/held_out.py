@@ -34,6 +34,8 @@ def measure_held_out(
 ) -> Evaluation:
     """Measures a set on its recipe's held-out text, or on the one that `held_out` names.
 
+    UserError if there is no held-out text, or no token to predict in it.
+
     Args:
         transcoders: the layers' models, on the base's device, in the order of `base.layers`.
         recipe: what they were fitted with; the affine maps are solved on its calibration sample.
@@ -41,9 +43,6 @@ def measure_held_out(
         held_out: a recipe whose held-out text is taken; default: `recipe`'s own.
         batch_size: sequences at once, over all processes.
         losses: measure the base's loss with its MLPs replaced too: two forward passes a layer.
-
-    Raises:
-        UserError: if there is no held-out text, or no token to predict in it.
     """
     held_out = held_out or recipe
     if losses and recipe.seq_len < 2:
@@ -80,8 +79,7 @@ def measure(
 ) -> Evaluation:
     """Adds up the measures over this process's shares of the held-out batches.
 
-    Raises:
-        UserError: if the loss is to be measured and there is no token to predict.
+    UserError if the loss is to be measured and there is no token to predict.
     """
     for batch in batches:
         activations.fill(batch, MICRO_BATCH_SIZE)

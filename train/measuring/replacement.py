@@ -36,8 +36,7 @@ class LossSums:
     def means(self) -> tuple[float, float]:
         """Cross-entropy and KL(base ‖ this) in nats a token, over all processes.
 
-        Raises:
-            UserError: if no token follows another, so that none was predicted.
+        UserError if no token follows another, so that none was predicted.
         """
         ce, kl, tokens = sum_over_processes(self.sums).tolist()
         if not tokens:
@@ -85,8 +84,7 @@ class Replacement:
     def scores(self) -> tuple[float, list[LossScores], LossScores]:
         """The base's own cross-entropy, the scores of each layer, and those of all layers at once.
 
-        Raises:
-            UserError: if no token was predicted.
+        UserError if no token was predicted.
         """
         ce, _ = self.own.means()
         *layers, together = [

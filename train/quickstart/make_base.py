@@ -9,12 +9,12 @@ evaluation hold out too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.text.documents import python_stdlib_files
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,6 +44,18 @@ really trained, so that the quickstart and the tests fit transcoders to MLPs tha
 
 Made, tokenizer and figures included, by `python train/quickstart/make_base.py`.
 """
+
+
+@dataclass
+class BaseSettings:
+    """Trains the quickstart's base."""
+
+    steps: int = option(3000, "Optimizer steps.")
+    batch_size: int = option(16, "Sequences a step.")
+    length: int = option(256, "Tokens a sequence.")
+    lr: float = option(3e-3, "Peak learning rate.")
+    vocab_size: int = option(2048, "Entries of the tokenizer.")
+    output_dir: str = option(str(Path(__file__).parent), "The base's folder.")
 
 
 def train_tokenizer(files: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -97,12 +110,7 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, fields in {
-        "config.json": {
-            "dtype": "float32",
-            "torch_dtype": "float32",
-            "rotary_pct": 0.25,
-            "rotary_emb_base": 10000,
-        },
+        "config.json": {"dtype": "float32", "torch_dtype": "float32", "rotary_pct": 0.25, "rotary_emb_base": 10000},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }.items():
         path = folder / name
@@ -110,49 +118,15 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--vocab_size", type=int, default=2048)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    args = parser.parse_args()
-
-    torch.manual_seed(0)
-    files = python_stdlib_files()
-    tokenizer = train_tokenizer(files["train"], args.vocab_size)
-    train = tokenize_files(files["train"], tokenizer)
-    held_out = tokenize_files(files["validation"], tokenizer)
-    entropy = unigram_entropy(train, held_out, args.vocab_size)
-    print(f"{len(train):,} training tokens, {len(held_out):,} held out, unigram entropy {entropy:.3f} nats")
-
-    config = GPTNeoXConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=args.length,
-        rotary_pct=0.25,  # type: ignore[call-arg] # read by every version, declared by 4
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPTNeoXForCausalLM(config)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
-    started = time.perf_counter()
-    batches = random_windows(train, args.batch_size, args.length, seed=0)
-    for step in (progress := tqdm(range(args.steps), unit="step")):
+def train(model: GPTNeoXForCausalLM, tokens: torch.Tensor, settings: BaseSettings) -> None:
+    """AdamW on random windows of the text, gradients cut at norm 1."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    batches = random_windows(tokens, settings.batch_size, settings.length, seed=0)
+    for step in (progress := tqdm(range(settings.steps), unit="step")):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = learning_rate(step, settings.steps, settings.lr)
         batch = next(batches)
         loss = model(batch, labels=batch).loss
         loss.backward()
@@ -161,33 +135,55 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def main() -> None:
+    settings = parse_settings(BaseSettings)
+    folder = Path(settings.output_dir)
+    torch.manual_seed(0)
+    files = python_stdlib_files()
+    tokenizer = train_tokenizer(files["train"], settings.vocab_size)
+    tokens, held_out = (tokenize_files(files[split], tokenizer) for split in ("train", "validation"))
+    entropy = unigram_entropy(tokens, held_out, settings.vocab_size)
+    print(f"{len(tokens):,} training tokens, {len(held_out):,} held out, unigram entropy {entropy:.3f} nats")
+
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=settings.length,
+        rotary_pct=0.25,  # type: ignore[call-arg] # read by every version, declared by 4
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPTNeoXForCausalLM(config)
+    started = time.perf_counter()
+    train(model, tokens, settings)
     minutes = (time.perf_counter() - started) / 60
 
     model.half()  # stored in half precision, measured as stored
-    save(model, tokenizer, args.output_dir)
-    loss = held_out_loss(model.float().eval(), held_out, args.length, args.batch_size)
-    size = sum(f.stat().st_size for f in args.output_dir.iterdir() if f.suffix in {".json", ".safetensors"})
-    print(f"held-out loss {loss:.3f} nats a token, unigram entropy {entropy:.3f}, {size / 1e6:.1f} MB")
-    (args.output_dir / "README.md").write_text(
-        README.format(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            parameters=sum(p.numel() for p in model.parameters()),
-            size=size / 1e6,
-            loss=loss,
-            entropy=entropy,
-            python=platform.python_version(),
-            train_tokens=len(train),
-            held_out_files=len(files["validation"]),
-            held_out_tokens=len(held_out),
-            steps=args.steps,
-            batch_size=args.batch_size,
-            length=args.length,
-            minutes=minutes,
-            threads=torch.get_num_threads(),
-        ),
-        encoding="utf-8",
+    save(model, tokenizer, folder)
+    loss = held_out_loss(model.float().eval(), held_out, settings.length, settings.batch_size)
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in {".json", ".safetensors"}) / 1e6
+    print(f"held-out loss {loss:.3f} nats a token, unigram entropy {entropy:.3f}, {size:.1f} MB")
+    figures = {"loss": loss, "entropy": entropy, "size": size, "minutes": minutes}
+    card = README.format(
+        **vars(settings),
+        **figures,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        python=platform.python_version(),
+        train_tokens=len(tokens),
+        held_out_files=len(files["validation"]),
+        held_out_tokens=len(held_out),
+        threads=torch.get_num_threads(),
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -185,9 +185,7 @@ class TokenBatches:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a position that `state_dict` gave, with the same batches as if there had been no break.
 
-        Raises:
-            UserError: if the position is of sequences of another kind.
-            TextError: if it is of other text.
+        UserError if the position is of sequences of another kind; TextError if it is of other text.
         """
         for name, value in (("seq_len", self.seq_len), ("pack", self.pack)):
             if state[name] != value:

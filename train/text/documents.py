@@ -86,8 +86,7 @@ class Documents:
     def load_state_dict(self, state: dict) -> None:
         """Iterate from a position that `state_dict` gave; files read to their end by then are not read again.
 
-        Raises:
-            TextError: if the position belongs to other files.
+        TextError if the position belongs to other files.
         """
         if state["source"] != self._source:
             raise TextError(
@@ -108,13 +107,10 @@ class Documents:
 def python_stdlib_files() -> dict[str, list[str]]:
     """The `.py` files of the running interpreter's standard library, held out by file.
 
-    About one file in ten, chosen by a hash of its path inside the library and so the same for every
-    Python version, is in "validation"; the others are in "train". The same hash orders the files, so that
-    neighbours in the stream are unrelated. Tests (which some distributions leave out), character tables
-    and installed packages are left out.
-
-    Raises:
-        TextError: if there are no such files, perhaps because the library is zipped.
+    About one file in ten, chosen by a hash of its path inside the library and so the same for every Python version, is
+    in "validation"; the others are in "train". The same hash orders the files, so that neighbours in the stream are
+    unrelated. Tests (which some distributions leave out), character tables and installed packages are left out.
+    TextError if there are no such files, perhaps because the library is zipped.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -290,11 +286,7 @@ def _lines(content: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _content(file: str) -> Iterator[bytes]:
-    """The decompressed content in blocks.
-
-    Raises:
-        EOFError: if a compressed file ends too early.
-    """
+    """The decompressed content in blocks. EOFError if a compressed file ends too early."""
     is_zstd = file.endswith(".zst")
     with fsspec.open(file, "rb", compression=None if is_zstd else "infer") as opened:
         blocks = iter(lambda: opened.read(READ_BYTES), b"")

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Encoder:
-    """Token ids of pieces of text.
+    """Token ids of pieces of text. UserError if the tokenizer has no end of text.
 
     Args:
         tokenizer: what `tokenizer(text)["input_ids"]` gives is what `encode` gives.
@@ -47,9 +47,6 @@ class Encoder:
             tokens and nothing is added.
         threads: how many chunks are tokenized at once while the next are read. 0, and a tokenizer written in Python:
             one, for which reading waits.
-
-    Raises:
-        UserError: if the tokenizer has no end of text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, truncate: int | None = None, threads: int = 0) -> None:
@@ -68,8 +65,7 @@ class Encoder:
     def encode(self, chunks: Iterable[tuple[list[Piece], T]]) -> Generator[tuple[list[np.ndarray], T], None, None]:
         """For each chunk in turn one int32 array a piece, beside whatever came with the chunk.
 
-        Raises:
-            TextError: if the tokenizer fails.
+        TextError if the tokenizer fails.
         """
         pool = ThreadPoolExecutor(max(self._threads, 1), thread_name_prefix="encode")
         try:

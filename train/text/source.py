@@ -22,14 +22,12 @@ class SharedBatches:
     text ends or fails, it does so on all processes at once.
 
     Batches travel over a gloo group of their own, between CPUs: they are small, and no device has to be waited for.
+    TextError while iterating, on the other processes if the main process's batches fail in any way (there what was
+    raised is raised).
 
     Args:
         batches: on the main process; None on the others.
         device: where this process's shares are put.
-
-    Raises:
-        TextError: while iterating, on the other processes if the main process's batches fail in any way (there what
-            was raised is raised).
     """
 
     def __init__(self, batches: TokenBatches | None, device: torch.device) -> None:
