@@ -163,10 +163,10 @@ class HubRepository:
                 return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
                 return (
-                    f"the connection to the Hub failed {self.attempts} times ({reason}): run the command again to go on"
+                    f"the connection to the Hub failed {self.attempts} times ({reason}): run the command again to resume"
                 )
             case _ if may_pass(error):
-                return f"the Hub failed {self.attempts} times ({status}): run the command again later to go on"
+                return f"the Hub failed {self.attempts} times ({status}): run the command again later to resume"
             case _:
                 return f"the Hub refused the request ({status}): {reason}"
 

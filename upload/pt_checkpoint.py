@@ -163,7 +163,7 @@ def pickled_globals(path: Path) -> tuple[set[str], str | None]:
 
 
 def stand_in(name: str) -> type:
-    """A class of that name without behaviour: made without arguments, it takes attributes and keeps them."""
+    """A class of that name without behavior: made without arguments, it takes attributes and keeps them."""
     module, _, qualified = name.rpartition(".")
     return type(qualified, (), {"__module__": module, "__qualname__": qualified})
 
