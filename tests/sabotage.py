@@ -44,3 +44,13 @@ def choose_micro_batches_of(sequences: str) -> None:
 def hide_package(name: str) -> None:
     """As if the package were not installed."""
     sys.modules[name] = None
+
+
+def make_a_mistake() -> None:
+    """As if the code of a step were wrong."""
+    from bilinear_tc.train.fitting.fitter import Fitter
+
+    def step(*_arguments: object) -> None:
+        {}["no such key"]
+
+    Fitter.step = step  # type: ignore[method-assign]

@@ -17,6 +17,8 @@ from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, laye
 from loading import load_in_fresh_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
+from bilinear_tc.train.errors import REPORT
+
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
 
 
@@ -241,3 +243,13 @@ def test_a_full_disk_leaves_what_was_saved(
 
     assert f"after step {last} of 24" in tiny_fit.run(run).stdout
     assert_same_layers(run, tiny_fit.reference())
+
+
+def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    finished = tiny_fit.run(tmp_path / "run", sabotage=("make_a_mistake",))
+    assert finished.returncode == 1
+    lines = finished.stderr.strip().splitlines()
+    assert "Traceback (most recent call last):" in lines
+    assert any("in fit_layers" in line for line in lines)
+    assert lines[-2] == "KeyError: 'no such key'"
+    assert lines[-1] == f"error: this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"

@@ -73,3 +73,19 @@ def test_collinear_features_stay_finite():
     expected_weight, expected_bias = lstsq(x[:, [i for i in range(12) if i != 7]], y)
     expected = x[:, [i for i in range(12) if i != 7]].double() @ expected_weight.T + expected_bias
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-3)
+
+
+def test_features_that_lack_a_rank_cost_a_larger_ridge_and_a_warning(caplog):
+    """As a text of few tokens gives; what is solved still predicts the targets."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(300, 3, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    features, targets = (few @ mixing).float(), (few @ torch.ones(3, 2, dtype=torch.float64)).float()
+    equations = LeastSquares(features.mean(0)[None], targets.mean(0)[None])
+    equations.add(0, features, targets)
+    equations.gram[0] -= 1e-4 * equations.gram[0].diagonal().diag()  # rounding of a long sum, made plain
+    with caplog.at_level(logging.WARNING):
+        weight, bias = equations.solve(0, ridge=1e-6)
+    assert "the ridge is raised from 1e-06 to 1e-05" in caplog.text
+    predicted = features.double() @ weight.T + bias
+    assert (predicted - targets).square().mean() < 0.05 * targets.var()

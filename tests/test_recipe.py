@@ -1,6 +1,7 @@
 """Recipes: what files and flags set, and what is refused before any work."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,3 +147,11 @@ def test_unknown_flags_and_choices_end_with_usage(arguments, capsys):
         parse_recipe(arguments)
     assert exit_.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_home_is_spelled_out_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/reader")
+    recipe = Recipe(base="~/base", dataset="~/a.txt,$HOME/b.txt", output_dir="$HOME/run")
+    assert (recipe.base, recipe.output_dir) == ("/home/reader/base", "/home/reader/run")
+    assert recipe.dataset == "/home/reader/a.txt,/home/reader/b.txt"
+    assert Run("~/run").folder == Path("/home/reader/run")

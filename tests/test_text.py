@@ -20,7 +20,9 @@ import pytest
 import zstandard
 from hub_server import HubServer
 
+from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.documents import Documents, TextError, python_stdlib_files
+from bilinear_tc.train.text.source import check_text
 
 TEXTS = [f"document {number}\nüñí \U0001f600 {'words ' * (number % 5)}" for number in range(23)]
 
@@ -245,8 +247,8 @@ def test_files_read_past_are_not_opened_again(tmp_path: Path, kind: str) -> None
     source = write_source(tmp_path, kind)
     documents, resumed = Documents(source), Documents(source)
     list(islice(documents, 15))
+    resumed.load_state_dict(documents.state_dict())  # looks whether they are still the same
     OPENED.clear()
-    resumed.load_state_dict(documents.state_dict())
     assert list(resumed) == TEXTS[15:]
     opened = {name for name in OPENED if name.endswith(kind)}
     assert opened
@@ -346,3 +348,66 @@ def test_splits_may_have_different_columns(tmp_path: Path) -> None:
     (tmp_path / "validation.json").write_text('{"text": "b"}\n')
     assert list(Documents(str(tmp_path), split="validation")) == ["b"]
     assert "its columns are 'question'" in message(dataset=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_text_that_was_read_and_has_changed_since_is_refused(tmp_path: Path, kind: str) -> None:
+    source = write_source(tmp_path, kind)
+    documents = Documents(source)
+    list(islice(documents, 15))
+    state = documents.state_dict()
+    first = min(path for path in tmp_path.rglob(f"a*.{kind}"))
+    whole = first.read_bytes()
+    for changed in (whole + b"\n", whole.replace(b"document", b"documEnt")):  # another size, another content of it
+        first.write_bytes(changed)
+        with pytest.raises(TextError, match="the position to resume from belongs to other text"):
+            Documents(source).load_state_dict(state)
+    first.write_bytes(whole)
+    again = Documents(source)
+    again.load_state_dict(state)
+    assert list(again) == TEXTS[15:]
+
+
+def test_a_position_that_tells_the_names_alone_is_still_taken(tmp_path: Path) -> None:
+    source = write_source(tmp_path, "jsonl")
+    documents = Documents(source)
+    list(islice(documents, 15))
+    state = {name: value for name, value in documents.state_dict().items() if name != "read"}
+    again = Documents(source)
+    again.load_state_dict(state)
+    assert list(again) == TEXTS[15:]
+
+
+def test_a_csv_file_has_one_document_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text('n,text\n1,"one, two\nthree"\n2,four\n')
+    documents = Documents(str(file))
+    assert list(documents) == ["one, two\nthree", "four"]
+    assert "its columns are 'n', 'text'" in message(dataset=str(file), text_column="body")
+
+
+def test_a_text_file_in_a_folder_is_one_document(tmp_path: Path) -> None:
+    for name, text in (("a", "one\ntwo"), ("b", "three\n\nfour\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert list(Documents(str(tmp_path))) == list(Documents(f"{tmp_path}/*.txt")) == ["one\ntwo", "three\n\nfour\n"]
+
+
+def test_utf_16_is_read_by_its_mark_and_other_zero_bytes_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    for encoding in ("utf-16", "utf-8-sig", "utf-8"):
+        file.write_text("größe ≠ 0", encoding=encoding)
+        assert list(Documents(str(file))) == ["größe ≠ 0"]
+    file.write_text("no mark", encoding="utf-16-le")
+    assert "holds zero bytes: expected text in UTF-8" in message(dataset=str(file))
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "a"}\n', encoding="utf-16")
+    assert "line 1" in (said := message(dataset=str(lines)))
+    assert "is in UTF-16: expected JSON lines in UTF-8" in said
+
+
+def test_a_held_out_file_that_is_fitted_on_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    check_text(Recipe(dataset=str(tmp_path), eval_split="validation"))
+    with pytest.raises(TextError, match=r"eval_split 'train.jsonl' holds .*train.jsonl, which the fit is on"):
+        check_text(Recipe(dataset=str(tmp_path), eval_split="train.jsonl"))

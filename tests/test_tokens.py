@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from bilinear_tc.train.errors import UserError
@@ -73,11 +74,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
-    """[sequences, seq_len]: each document's tokens and an end of text, one after another, cut without padding."""
+    """[sequences, seq_len]: each document's tokens and one end of text, one after another, cut without padding."""
     stream: list[int] = []
     for text in texts:
         if text:
-            stream += tokenizer(text, verbose=False)["input_ids"]
+            stream += tokenizer(text, verbose=False, add_special_tokens=not isinstance(tokenizer, ByT5Tokenizer))[
+                "input_ids"
+            ]
             stream.append(tokenizer.eos_token_id)
     return torch.tensor(stream[: len(stream) // seq_len * seq_len]).view(-1, seq_len)
 
@@ -472,3 +475,24 @@ def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tok
             assert endings[0].startswith("TextError: line 13 of ")
             assert "is not JSON" in endings[0]
         assert endings == (endings[0] if name == "bad" else None,) * processes
+
+
+def test_a_tokenizer_that_adds_its_own_end_of_text_adds_no_second_one_and_none_at_a_seam(monkeypatch) -> None:
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 40)
+    slow = ByT5Tokenizer()
+    long = "a line of some length\n" * 6
+    with TokenBatches(Listed([long, "short"]), slow, seq_len=1, batch_size=1, workers=0, epochs=1) as batches:
+        read = joined(batches).flatten().tolist()
+    assert read.count(slow.eos_token_id) == 2
+    assert slow.decode([token for token in read if token != slow.eos_token_id]) == long + "short"
+
+
+def test_an_unknown_word_that_is_the_end_of_text_is_not_taken_for_one(monkeypatch) -> None:
+    """As where one token serves as both, and a word beyond the vocabulary ends a document."""
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<e>": 0, "b": 1}, unk_token="<e>")),
+        eos_token="<e>",
+        unk_token="<e>",
+    )
+    with TokenBatches(Listed(["b", "zzz"]), words, seq_len=1, batch_size=1, workers=0, epochs=1) as batches:
+        assert joined(batches).flatten().tolist() == [1, 0, 0, 0]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from bilinear_tc.train.errors import ElsewhereError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,8 @@ def start_accelerator(**settings: Any) -> Accelerator:
     # without `cpu`, processes that find no GPU would each take themselves for the only one, and a Mac's own device,
     # which has no float64, would be taken
     accelerator = Accelerator(cpu=on_cpu, **settings)
+    if accelerator.mixed_precision != "no":
+        logger.warning("accelerate's mixed_precision is not used: products are computed in the type that --dtype names")
     # `accelerate launch` gives every process a single thread unless told otherwise
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 from contextlib import suppress
@@ -44,7 +45,7 @@ class Recipe:
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
     dataset: str = option(
         "monology/pile-uncopyrighted",
-        "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, parquet, py; "
+        "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, csv, parquet, py; "
         "a comma list or a glob) or python-stdlib.",
     )
     dataset_config: str | None = option(None, "The dataset's configuration name.")
@@ -113,6 +114,9 @@ class Recipe:
             self.layers = str(self.layers)
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
+        for name in ("base", "dataset", "output_dir"):
+            if getattr(self, name) is not None:
+                setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
             self.eval_split = None
         at_least_0 = ("seed", "max_steps", "shuffle_buffer", "tokenizer_workers", "checkpoint_every")
@@ -171,6 +175,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def expanded(path: str) -> str:
+    """A path, or several between commas, with `~` and `$HOME` spelled out, which a shell does not do in every place."""
+    return ",".join(os.path.expandvars(os.path.expanduser(part)) for part in path.split(","))
 
 
 def check_type(name: str, hint: Any, value: Any) -> None:

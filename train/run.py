@@ -35,7 +35,7 @@ from bilinear_tc.train.files import (
     written_whole,
 )
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json_problems
-from bilinear_tc.train.recipe import FREE_SETTINGS, Recipe, read_settings
+from bilinear_tc.train.recipe import FREE_SETTINGS, Recipe, expanded, read_settings
 
 T = TypeVar("T")
 
@@ -64,8 +64,8 @@ class Run:
     """
 
     def __init__(self, where: str | Path, revision: str | None = None) -> None:
-        self.where, self.revision = str(where), revision
-        self.folder = Path(where)
+        self.where, self.revision = expanded(str(where)), revision
+        self.folder = Path(self.where)
         self._kept: dict[str, Any] = {}
 
     @classmethod

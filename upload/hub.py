@@ -162,9 +162,8 @@ class HubRepository:
             case None if is_offline(error):
                 return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
-                return (
-                    f"the connection to the Hub failed {self.attempts} times ({reason}): run the command again to resume"
-                )
+                failed = f"the connection to the Hub failed {self.attempts} times"
+                return f"{failed} ({reason}): run the command again to resume"
             case _ if may_pass(error):
                 return f"the Hub failed {self.attempts} times ({status}): run the command again later to resume"
             case _:

@@ -49,7 +49,7 @@ class LeastSquares:
             setattr(self, name, sum_over_processes(getattr(self, name)))
 
     def solve(self, layer: int, *, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ridge solution of one layer, with an unpenalised bias.
+        """The ridge solution of one layer, with an unpenalized bias.
 
         Features are scaled to unit variance first, so that `ridge` is relative to each feature's variance and the
         scaled matrix's condition is at most n_features / ridge. A feature that does not vary keeps its prior.
@@ -77,7 +77,16 @@ class LeastSquares:
         scaled.diagonal().add_(ridge)
         scaled.diagonal()[~varies] = 1
         residual = inverse_std[:, None] * (cross - covariance @ prior.T)
-        step = torch.cholesky_solve(residual, torch.linalg.cholesky(scaled))
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        while failed:  # the features of a narrow text lack a rank, by more than the ridge makes up for in rounding
+            logger.warning(
+                "problem %d: its %d features have rank %d or less; the ridge is raised from %.0e to %.0e",
+                *(layer, len(scaled), int(failed) - 1, ridge, 10 * ridge),
+            )
+            scaled.diagonal()[varies] += 9 * ridge
+            ridge *= 10
+            factor, failed = torch.linalg.cholesky_ex(scaled)
+        step = torch.cholesky_solve(residual, factor)
         weight = prior + (inverse_std[:, None] * step).T
         shifted_mean = feature_mean + self.feature_shift[layer]
         return weight, target_mean + self.target_shift[layer] - weight @ shifted_mean

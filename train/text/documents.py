@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -18,8 +19,10 @@ from bilinear_tc.train.errors import UserError, one_line
 
 PYTHON_STDLIB = "python-stdlib"
 COMPRESSIONS = (".zst", ".gz", ".bz2", ".xz")
-FILE_FORMATS = {".txt": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+FILE_FORMATS = {".txt": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 READ_BYTES = 1 << 20
+HEAD_BYTES = 1 << 16  # of a file that was read, by which it is known again
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class TextError(UserError):
@@ -35,9 +38,10 @@ class Documents:
     Args:
         dataset: one of
             - a dataset on the Hub, such as "monology/pile-uncopyrighted";
-            - a folder in a Hub dataset's layout (data files, with or without a README.md that describes them);
+            - a folder in a Hub dataset's layout (data files, with or without a README.md that describes them; its
+              .txt files are one document each);
             - files: a path, a glob, or several of them separated by commas. A .txt or .py file is one document,
-              a .jsonl, .json or .parquet file has one a row; .zst, .gz, .bz2 and .xz are decompressed;
+              a .jsonl, .json, .csv or .parquet file has one a row; .zst, .gz, .bz2 and .xz are decompressed;
             - "python-stdlib": the files of `python_stdlib_files`, one document each.
         config: the dataset's configuration, for a Hub id or folder that has several.
         split: which part to read. Files have one split, "train"; python-stdlib has "train" and "validation". Of a Hub
@@ -57,8 +61,11 @@ class Documents:
     ) -> None:
         self.name = dataset
         self._column = text_column
-        self._stream, self._files = _open(dataset, config, split, text_column)
-        self._source = _fingerprint(self._files or [dataset])
+        self._stream, self.files = _open(dataset, config, split, text_column)
+        self._source = _names_hash(self.files or [dataset])
+        self._local = bool(self.files) and all(map(os.path.isfile, self.files))
+        self._chain = [""]  # a hash of the content of the first files, by how many
+        self._head = (-1, 0, "")  # the file being read, how much of its beginning is looked at, and a hash of that
         self._start = self._stream.state_dict()
         self._position: dict | None = self._start
         if next(iter(self), None) is None:
@@ -81,27 +88,52 @@ class Documents:
     def state_dict(self) -> dict:
         """The position after the last document handed out, in plain numbers and strings."""
         position = self._stream.state_dict() if self._position is None else self._position
-        return {"position": position, "source": self._source}
+        return {"position": position, "source": self._source, "read": self._read_until(position)}
 
     def load_state_dict(self, state: dict) -> None:
         """Iterate from a position that `state_dict` gave; files read to their end by then are not read again.
 
-        TextError if the position belongs to other files.
+        TextError if the position belongs to other files, or what was read of them is no longer the same.
         """
-        if state["source"] != self._source:
+        other = state["source"] != self._source
+        if not other and (read := state.get("read")) is not None:  # earlier positions tell the names alone
+            chain, length, head = self._read_until(state["position"], read[1])
+            other = [chain, length, head] != list(read)
+        if other:
             raise TextError(
-                f"the position to go on from belongs to other text than {self.name!r} holds now;"
+                f"the position to resume from belongs to other text than {self.name!r} holds now;"
                 " resume with the same dataset and split, or start anew"
             )
         self._position = state["position"]
 
     def _file(self) -> str:
         """The file being read, as far as the stream's state tells it."""
-        state = self._stream.state_dict()
-        while "examples_iterable" in state:
-            state = state["examples_iterable"]
-        shard = state.get("shard_idx", len(self._files))
-        return self._files[shard] if shard < len(self._files) else repr(self.name)
+        number = self._file_number(self._stream.state_dict())
+        return self.files[number] if number < len(self.files) else repr(self.name)
+
+    def _file_number(self, position: dict) -> int:
+        while "examples_iterable" in position:
+            position = position["examples_iterable"]
+        return position.get("shard_idx", len(self.files))
+
+    def _read_until(self, position: dict, length: int | None = None) -> list:
+        """What tells whether the text before a position is still the same: a hash of the files that were read to
+        their end, and of the first `length` bytes of the one being read. Empty for files of another machine."""
+        if not self._local:
+            return ["", 0, ""]
+        number = self._file_number(position)
+        while len(self._chain) <= min(number, len(self.files)):
+            content = self._chain[-1] + _ends_hash(self.files[len(self._chain) - 1])
+            self._chain.append(hashlib.sha256(content.encode()).hexdigest())
+        chain = self._chain[min(number, len(self.files))]
+        if number >= len(self.files):
+            return [chain, 0, ""]
+        if length is not None:
+            return [chain, length, _head_hash(self.files[number], length)]
+        if self._head[0] != number:  # this is asked for after every document
+            size = min(HEAD_BYTES, os.path.getsize(self.files[number]))
+            self._head = (number, size, _head_hash(self.files[number], size))
+        return [chain, *self._head[1:]]
 
 
 def python_stdlib_files() -> dict[str, list[str]]:
@@ -198,8 +230,9 @@ def _open_repository(
     data_files = builder.config.data_files or {}
     _check_split(dataset, split, data_files or builder.info.splits or [split])
     files = [str(file) for file in data_files.get(split, [])]
-    if files and all(_file_format(file) == "jsonl" for file in files):
-        return _row_stream(files, "jsonl", text_column)
+    formats = {_file_format(file) for file in files}
+    if formats == {"jsonl"} or (formats == {"text"} and Path(dataset).is_dir()):
+        return _row_stream(files, formats.pop() or "", text_column)
     return _builder_stream(builder, files, split, text_column)
 
 
@@ -237,8 +270,12 @@ def _row_stream(files: list[str], kind: str, text_column: str) -> tuple[datasets
 
 def _text_rows(files: list[str], text_column: str) -> Iterator[dict]:
     for file in files:
-        content = b"".join(_content(file)).decode("utf-8-sig", errors="replace")
-        yield {text_column: content.replace("\r\n", "\n").replace("\r", "\n")}
+        content = b"".join(_content(file))
+        encoding = "utf-16" if content.startswith(UTF_16) else "utf-8-sig"
+        if encoding != "utf-16" and b"\0" in content:
+            raise TextError(f"{file} holds zero bytes: expected text in UTF-8, or in UTF-16 with a byte order mark")
+        text = content.decode(encoding, errors="replace")
+        yield {text_column: text.replace("\r\n", "\n").replace("\r", "\n")}
 
 
 def _jsonl_rows(files: list[str], text_column: str) -> Iterator[dict]:
@@ -255,6 +292,8 @@ def _jsonl_rows(files: list[str], text_column: str) -> Iterator[dict]:
 
 
 def _json_text(line: bytes, text_column: str, place: str) -> str:
+    if line.startswith(UTF_16):
+        raise TextError(f"{place} is in UTF-16: expected JSON lines in UTF-8; convert the file")
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -311,10 +350,24 @@ def _check_split(dataset: str, split: str, splits: Iterable[str]) -> None:
         raise TextError(f"{dataset!r} has no split {split!r}; it has {_listed(splits)}")
 
 
-def _fingerprint(files: list[str]) -> str:
+def _names_hash(files: list[str]) -> str:
     """Tells one list of files from another, wherever they lie."""
     names = "\n".join(file.rsplit("/", 1)[-1] for file in files)
     return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _head_hash(path: str, length: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def _ends_hash(path: str) -> str:
+    """Hash of a file's size, beginning and end: a file of many gigabytes takes no time."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+        file.seek(max(0, size - HEAD_BYTES))
+        return hashlib.sha256(b"%d %s %s" % (size, head, file.read(HEAD_BYTES))).hexdigest()
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -61,6 +61,8 @@ class Encoder:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._threads = threads
+        self._adds_eos = False
+        self._adds_eos = all(list(self._ids(text, True, False)[-1:]) == [self.eos] for text in ("", "a"))
 
     def encode(self, chunks: Iterable[tuple[list[Piece], T]]) -> Generator[tuple[list[np.ndarray], T], None, None]:
         """For each chunk in turn one int32 array a piece, beside whatever came with the chunk.
@@ -102,6 +104,8 @@ class Encoder:
             ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=starts)[0].ids
         else:
             ids = self._tokenizer(text, add_special_tokens=starts, verbose=False)["input_ids"]
+        if self._adds_eos and starts:  # one at each document's end is enough, and at a piece's end it is none
+            ids = ids[:-1]
         return np.array([*ids, self.eos] if ends else ids, dtype=np.int32)
 
     def _truncated(self, text: str, length: int) -> np.ndarray:

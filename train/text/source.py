@@ -83,7 +83,7 @@ class SharedBatches:
 
 def check_text(recipe: Recipe) -> None:
     """Raises TextError if the text to fit on, or the text held out, cannot be had: before the base is loaded."""
-    _documents(recipe, recipe.split)
+    fitted = _documents(recipe, recipe.split)
     if recipe.eval_split is None:
         return
     if recipe.eval_split == recipe.split:
@@ -92,9 +92,14 @@ def check_text(recipe: Recipe) -> None:
             "nothing"
         )
     try:
-        _documents(recipe, recipe.eval_split)
+        held_out = _documents(recipe, recipe.eval_split)
     except TextError as error:
         raise TextError(f"no held-out text: {error}; name another --eval_split, or none to measure nothing") from error
+    if shared := sorted(set(fitted.files) & set(held_out.files)):
+        raise TextError(
+            f"eval_split {recipe.eval_split!r} holds {shared[0]}, which the fit is on: name a held-out one, or none to "
+            "measure nothing"
+        )
 
 
 def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SharedBatches:
