@@ -65,7 +65,13 @@ def test_the_run_holds_what_the_readme_says(quickstart_run):
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     ofs_layer = ("config.json", "config.yaml", "history.parquet", "model.safetensors")
     code = {"configuration_bilinear_tc.py", "modeling_bilinear_tc.py"}
-    expected = {"recipe.yaml", "evaluation.json", *code, *(f"layer_{i}/{name}" for i in LAYERS for name in ofs_layer)}
+    expected = {
+        "recipe.yaml",
+        "evaluation.json",
+        "exported.json",
+        *code,
+        *(f"layer_{i}/{name}" for i in LAYERS for name in ofs_layer),
+    }
     assert {name for name in files if not name.startswith("checkpoints/")} == expected
 
     recipe = parse_recipe(["--recipe", "quickstart", "--output_dir", str(run)])
