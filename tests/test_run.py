@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
 
 from bilinear_tc.train.errors import UserError
-from bilinear_tc.train.files import written_whole
+from bilinear_tc.train.files import locked, written_whole
 from bilinear_tc.train.run import Run
-from bilinear_tc.upload.repository import UnfitRun, check_publishable
+from bilinear_tc.upload.repository import UnfitRun, build_repository, check_publishable
 
 
 @pytest.fixture
@@ -106,3 +110,90 @@ def test_files_reach_the_disk_before_they_get_their_names(tmp_path: Path, monkey
         (scratch / "a").write_text("1")
         (scratch / "b").write_text("2")
     assert order == ["sync", "sync", "rename", "rename", "sync"]
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        with pytest.raises(UserError, match=rf"another command \(process {os.getpid()}\) is at work in {tmp_path}"):
+            locked(tmp_path).__enter__()
+        assert (tmp_path / ".lock").is_file()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "left", ["", "{}", '{"host": "HOST", "pid": 1, "started": 0.5}', '{"host": "HOST", "pid": 4194305}']
+)
+def test_a_lock_whose_process_has_ended_is_passed_over(tmp_path: Path, left: str) -> None:
+    (tmp_path / ".lock").write_text(left.replace("HOST", socket.gethostname()))
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_of_another_machine_is_believed(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text('{"host": "elsewhere", "pid": 12, "started": 0}')
+    with pytest.raises(UserError, match=r"process 12 on elsewhere.* or delete .*\.lock if there is none"):
+        locked(tmp_path).__enter__()
+
+
+def change_config(run: Run, layer: int, **changes: object) -> None:
+    path = run.layer_folder(layer) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"auto_map": {"AutoModel": "someone/else--modeling.Other"}}, "must name this package's two files as auto_map"),
+        ({"auto_map": None}, "must name this package's two files as auto_map, got None"),
+        ({"mlp_path": None}, "must name the MLP of layer 1 as mlp_path, got None"),
+        ({"mlp_path": "gpt_neox.layers.0.mlp"}, "must name the MLP of layer 1 as mlp_path, got gpt_neox.layers.0.mlp"),
+        ({"base_model": "a`b"}, "base must be a plain name, without line breaks, quotes and Markdown"),
+        ({"base_revision": "main](http://evil)"}, "base_revision must be a plain name"),
+    ],
+)
+def test_a_configuration_that_would_run_or_say_something_else_is_not_published(
+    run: Run, changes: dict, sentence: str
+) -> None:
+    change_config(run, 1, **changes)
+    with pytest.raises(UnfitRun, match=re.escape(sentence)):
+        check_publishable(run)
+
+
+def test_words_of_the_recipe_and_the_evaluation_are_plain(run: Run) -> None:
+    evaluation = run.folder / "evaluation.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"dataset": "a\n# Heading"}))
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("dataset: python-stdlib", "dataset: <script>"))
+    with pytest.raises(UnfitRun) as caught:
+        check_publishable(Run(run.folder))
+    assert "recipe.yaml: dataset must be a plain name" in str(caught.value)
+    assert "evaluation.json: dataset must be a plain name" in str(caught.value)
+
+
+def test_a_link_that_leaves_the_run_is_refused_and_a_snapshots_links_are_followed(run: Run, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("secret: true\n")
+    settings = run.folder / "layer_0" / "config.yaml"
+    kept = settings.read_bytes()
+    settings.unlink()
+    settings.symlink_to(mine)
+    with pytest.raises(UnfitRun, match=r"layer_0/config.yaml is a link to .*mine.yaml, which is not the run's"):
+        check_publishable(Run(run.folder))
+
+    settings.unlink()
+    settings.write_bytes(kept)
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in sorted(run.folder.rglob("*")) if path.is_file()):
+        shutil.copyfile(file, blobs / str(number))
+        link = snapshot / file.relative_to(run.folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    published = Run(snapshot)
+    check_publishable(published)
+    folder = build_repository(published, tmp_path / "repository")
+    files = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    assert not [path for path in files if path.is_symlink()]
+    assert (folder / "layer_1" / "model.safetensors").read_bytes() == (
+        run.folder / "layer_1" / "model.safetensors"
+    ).read_bytes()

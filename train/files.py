@@ -8,12 +8,14 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import yaml
@@ -109,6 +111,36 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other commands off a folder while the context lasts; UserError if one is at work in it."""
+    lock, me = folder / ".lock", psutil.Process()
+    if lock.is_file() and (holder := _holder(lock)):
+        raise UserError(
+            f"another command ({holder}) is at work in {folder}: wait for its end, or delete {lock} if there is none"
+        )
+    lock.unlink(missing_ok=True)  # of a process that was killed
+    with lock.open("x", encoding="utf-8") as file:
+        json.dump({"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}, file)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> str | None:
+    """The process that holds a lock, as far as can be told from this machine; None if it has ended."""
+    try:
+        held = read_json(lock)
+        if held["host"] != socket.gethostname():
+            return f"process {held['pid']} on {held['host']}"
+        process = psutil.Process(held["pid"])
+        alive = process.create_time() == held["started"] and process.status() != psutil.STATUS_ZOMBIE
+        return f"process {held['pid']}" if alive else None
+    except (ValueError, KeyError, TypeError, psutil.Error, OSError):  # cut short by a kill, or ended meanwhile
+        return None
 
 
 def synced(path: Path) -> None:

@@ -8,7 +8,7 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import Checkpoints, newest_step
 from bilinear_tc.train.errors import Interrupted, NotFiniteError, UserError, command_line
+from bilinear_tc.train.files import locked
 from bilinear_tc.train.fitting.fitter import Fitter, Progress
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
@@ -49,18 +50,20 @@ def fit(recipe: Recipe) -> None:
         project_config=ProjectConfiguration(recipe.output_dir, logging_dir=str(run.folder / CHECKPOINTS / LOGS)),
     )
     on_main(run.check_writable)
-    on_main(lambda: run.check_continuable(recipe))
-    if not on_main(lambda: is_finished(run, recipe)):
-        on_main(lambda: check_text(recipe))
-        base = Base.of_recipe(recipe, accelerator.device)
-        recipe.n_hidden(base.n_inputs)
-        base.stop_after_last_layer()
-        on_main(lambda: run.begin(recipe))
-        fit_layers(run, recipe, base, accelerator)
-        if recipe.eval_split is not None:
-            transcoders = [run.load(layer).float().to(accelerator.device) for layer in base.layers]
-            evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
-            on_main(lambda: run.write_evaluation(evaluation))
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(run.folder)))
+        on_main(lambda: run.check_continuable(recipe))
+        if not on_main(lambda: is_finished(run, recipe)):
+            on_main(lambda: check_text(recipe))
+            base = Base.of_recipe(recipe, accelerator.device)
+            recipe.n_hidden(base.n_inputs)
+            base.stop_after_last_layer()
+            on_main(lambda: run.begin(recipe))
+            fit_layers(run, recipe, base, accelerator)
+            if recipe.eval_split is not None:
+                transcoders = [run.load(layer).float().to(accelerator.device) for layer in base.layers]
+                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
+                on_main(lambda: run.write_evaluation(evaluation))
     if is_main():
         print_result(run, recipe)
     accelerator.state.destroy_process_group()

@@ -139,13 +139,17 @@ def pickled_globals(path: Path) -> tuple[set[str], str | None]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():  # its checksum is not that of its content
+                raise UserError(f"{path} is damaged: {part} is not what was written")
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
             operations = [
                 (op.name, argument)
                 for op, argument, _ in pickletools.genops(archive.read(name))
                 if op.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
             ]
-    except (OSError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         reason = one_line(error)
         raise UserError(f"{path} cannot be read as a torch checkpoint (a zip archive): {reason}") from error
     except ValueError as error:  # no data.pkl in it, or no pickle

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
+from bilinear_tc.train.files import locked
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
 from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
@@ -225,7 +226,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, as train/fit.py writes it")
     settings, rest = parser.parse_args_into_dataclasses()
     disable_progress_bar()  # transformers' bars, one a layer; the uploads keep theirs
-    publish(Run.in_folder(rest.run), settings)
+    run = Run.in_folder(rest.run)
+    with locked(run.folder):
+        publish(run, settings)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ from bilinear_tc.upload.pt_checkpoint import checkpoint_name, export_checkpoint
 
 # What config.json says alike of every layer of a set; the card says it once.
 ALIKE = ("base_model", "base_revision", "form", "n_inputs", "n_hidden", "n_outputs", "bias")
+AUTO_MAP = {"AutoConfig": "configuration_bilinear_tc.BilinearTCConfig", "AutoModel": "modeling_bilinear_tc.BilinearTC"}
+# What the card prints of a run's own words: nothing in them may end a line, a cell, a code span or a string, or link.
+PRINTED = ("base", "base_revision", "dataset", "dataset_config", "split", "eval_split", "text_column")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f`<>|\"]|\]\(")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Every path that a publication can hold, with 0 for any number and muon for any optimizer: what an earlier one left
@@ -92,11 +96,40 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
         UserError: it holds no layers at all.
     """
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
-    problems += [*run.export_problems(), *disagreements(run)]
+    problems += [*run.export_problems(), *foreign_links(run), *unprintable_words(run), *disagreements(run)]
     problems += score_problems(run)
     problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial=allow_partial)
     if problems:  # the same may keep several things from being read
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
+
+
+def foreign_links(run: Run) -> Iterator[str]:
+    """Files of the run that are links to somewhere else, but for those into the cache that a Hub snapshot lies in."""
+    home = run.folder.resolve()
+    names = [RECIPE, EVALUATION, *(f"layer_{layer}/{name}" for layer in run.layers for name in LAYER_FILES)]
+    for name in names:
+        target = (run.folder / name).resolve()
+        if not any(target.is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
+            yield f"{name} is a link to {target}, which is not the run's: put the file itself there"
+
+
+def unprintable_words(run: Run) -> Iterator[str]:
+    """What the run says of its base and its text that would be more than words on the card."""
+    said: list[tuple[str, dict[str, Any]]] = []
+    with suppress(UserError):  # named among the recipe's own problems
+        said.append((RECIPE, run.recipe_settings))
+    for layer in run.layers:
+        with suppress(UserError):  # named among the layer's own problems
+            config = run.config(layer)
+            said.append((f"layer_{layer}/{SETTINGS}", run.settings(layer)))
+            said.append((f"layer_{layer}/{CONFIG}", {"base": config.base_model, "base_revision": config.base_revision}))
+    with suppress(UserError):
+        if run.evaluation is not None:
+            said.append((EVALUATION, {"dataset": run.evaluation.dataset, "split": run.evaluation.split}))
+    for name, settings in said:
+        for key in PRINTED:
+            if isinstance(value := settings.get(key), str) and UNPRINTABLE.search(value):
+                yield f"{name}: {key} must be a plain name, without line breaks, quotes and Markdown, got {value!r}"
 
 
 def refusal(read: Callable[..., object], *arguments: object) -> list[str]:
@@ -158,6 +191,10 @@ def model_problems(run: Run, layer: int) -> Iterator[str]:
     config = run.config(layer)
     if config.layer_index != layer:
         yield f"{CONFIG} says that it is layer {config.layer_index}"
+    if getattr(config, "auto_map", None) != AUTO_MAP:  # it names the code that a user's AutoModel runs
+        yield f"{CONFIG} must name this package's two files as auto_map, got {getattr(config, 'auto_map', None)}"
+    if str(layer) not in str(config.mlp_path).split("."):
+        yield f"{CONFIG} must name the MLP of layer {layer} as mlp_path, got {config.mlp_path}"
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in BilinearTC(config).state_dict().items()}
     with safe_open(run.layer_folder(layer) / WEIGHTS, framework="pt") as file:
@@ -292,6 +329,7 @@ def load_layer(run: Run, layer: int, save_dtype: str | None) -> BilinearTC:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link if the file system has them: a set of many gigabytes takes no second place on the disk."""
+    source = source.resolve()  # a Hub snapshot's files are links, which would dangle elsewhere
     try:
         os.link(source, target)
     except OSError:
