@@ -22,6 +22,12 @@ from bilinear_tc.train.errors import REPORT
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
 
 
+def adapter(folder: Path) -> Path:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    return folder / "adapter"
+
+
 def file_in_the_way(folder: Path) -> Path:
     (folder / "file").write_text("")
     return folder / "file" / "run"
@@ -58,6 +64,7 @@ def empty_text(folder: Path) -> Path:
         ("--base", base_without_weights, "the base takes sequences of up to 16 tokens, but seq_len is 32"),
         ("--base", empty_folder, "the base '.*/empty' cannot be loaded: expected a Hugging Face model"),
         ("--base", base_with_a_tokenizer_of_another_package, "the base '.*/base' cannot be loaded: .* MarianTokenizer"),
+        ("--base", adapter, "the base '.*/adapter' is a PEFT adapter: expected a whole model; merge it first"),
         ("--base", "nobody/nothing", "the base 'nobody/nothing' cannot be loaded: expected a Hugging Face model"),
         ("--dataset", empty_text, "the split 'train' of '.*/empty.jsonl' holds no text"),
         ("--dataset", "/nowhere/text", "there is no file or folder '/nowhere/text'"),

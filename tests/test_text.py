@@ -411,3 +411,14 @@ def test_a_held_out_file_that_is_fitted_on_is_refused(tmp_path: Path) -> None:
     check_text(Recipe(dataset=str(tmp_path), eval_split="validation"))
     with pytest.raises(TextError, match=r"eval_split 'train.jsonl' holds .*train.jsonl, which the fit is on"):
         check_text(Recipe(dataset=str(tmp_path), eval_split="train.jsonl"))
+
+
+def test_two_files_are_a_text_and_its_held_out_part(tmp_path: Path) -> None:
+    fitted, held_out = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    for file in (fitted, held_out):
+        file.write_text(json.dumps({"text": file.stem}) + "\n")
+    check_text(Recipe(dataset=str(fitted), eval_split=str(held_out)))
+    with pytest.raises(TextError, match=r"holds .*train.jsonl, which the fit is on"):
+        check_text(Recipe(dataset=str(fitted), eval_split=str(fitted)))
+    with pytest.raises(TextError, match=r"no held-out text: .* has no split"):
+        check_text(Recipe(dataset=str(fitted), eval_split=str(tmp_path / "none.jsonl")))

@@ -106,6 +106,11 @@ class Base:
             device, dtype: where its weights go, and as what.
         """
         location = base_location(name)
+        if Path(location, "adapter_config.json").is_file():
+            raise UserError(
+                f"the base {name!r} is a PEFT adapter: expected a whole model; merge it first (merge_and_unload) and "
+                "save that"
+            )
         with one_sentence(name):
             config = AutoConfig.from_pretrained(location, revision=revision)
         text_config = config.get_text_config()  # checked before gigabytes are read

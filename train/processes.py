@@ -93,7 +93,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 class StopRequest:
-    """Notices SIGTERM and SIGINT while the context lasts, so that a step ends and is saved before the process does.
+    """Notices SIGTERM, SIGINT and SIGHUP while the context lasts: a step ends and is saved before the process does.
 
     Args:
         device: where processes exchange tensors.
@@ -104,7 +104,8 @@ class StopRequest:
         self._received = False
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        asked = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
+        self._before = {number: signal.signal(number, self._note) for number in asked}
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:

@@ -53,7 +53,8 @@ class Recipe:
     text_column: str = option("text", "The column that holds a document's text.")
     eval_split: str | None = option(
         "val.jsonl.zst",
-        "The held-out split, or a file in the dataset, to measure on at the end of the fit. 'none': measure nothing.",
+        "The held-out split, or a file in the dataset or elsewhere, to measure on at the end of the fit. 'none': "
+        "measure nothing.",
     )
     eval_tokens: int = option(65536, "Held-out tokens to measure on.")
     layers: str | None = option(None, "Layers to fit, such as 0-5,9. Default: all.")
@@ -114,7 +115,7 @@ class Recipe:
             self.layers = str(self.layers)
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
-        for name in ("base", "dataset", "output_dir"):
+        for name in ("base", "dataset", "eval_split", "output_dir"):
             if getattr(self, name) is not None:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":

@@ -96,7 +96,7 @@ class TokenBatches:
         prefetch: how many batches are made ahead.
         pin_memory: hand batches out in page-locked memory, for asynchronous copies to a GPU.
         epochs: how many passes over the text to make; None: no end, with one warning at the start of the second.
-            Sequences that do not fill a batch go into the next pass, and are left out after the last.
+            Sequences that do not fill a batch go into the next pass; after the last they are a smaller batch.
 
     Raises:
         ValueError: here, if the tokenizer has no end of text (a UserError) or an argument is out of range.
@@ -224,10 +224,11 @@ class TokenBatches:
                         generator=shuffle.generator,
                     )
                     position = yield from self._full_batches(position)
-            if whole and sequences_in_pass < self.batch_size:
+            least = self.batch_size if self._epochs is None else 1
+            if whole and sequences_in_pass < least:
                 raise TextError(
                     f"the text is too short: it holds {sequences_in_pass} sequences of {self.seq_len} tokens, fewer"
-                    f" than one batch of {self.batch_size}; give more text, or a smaller batch_size or seq_len"
+                    f" than one batch of {least}; give more text, or a smaller batch_size or seq_len"
                 )
             whole = True
             position = replace(
@@ -242,6 +243,8 @@ class TokenBatches:
             if self._epochs is None and position.epoch == 1:
                 logger.warning("the text has been read to its end; it is read again from the beginning")
             position = yield from self._full_batches(position)
+        if position.drawn:
+            yield self._batch(position.drawn), replace(position, drawn=[])
 
     def _full_batches(self, position: _Position) -> Generator[tuple[TokenBatch, _Position], None, _Position]:
         """As many batches as are drawn; returns the position after them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -147,4 +148,8 @@ def _open(
 
 
 def _documents(recipe: Recipe, split: str) -> Documents:
+    """A split of the recipe's dataset, or a file of its own that is named in place of one."""
+    file = Path(split)
+    if file.is_file() and (file.is_absolute() or not Path(recipe.dataset, split).exists()):
+        return Documents(split, text_column=recipe.text_column)
     return Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column)
