@@ -159,10 +159,16 @@ def wait_until(condition: Callable[[], object], seconds: float = DEADLINE, inter
 def serve() -> None:
     """Forks a process for every request to start one, and tells of one how it has ended, or null."""
     import publishing  # noqa: F401  (imports the scripts, once for all processes)
+    import torch
+    from tqdm import tqdm
 
     from bilinear_tc.train import fit  # noqa: F401
     from bilinear_tc.train.base import Base
 
+    # tqdm's own lock is one semaphore for all forks, which a process that is killed as it prints holds for ever
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)  # threads of a forked parent are gone, and a pool of them waits for ever
     Base.load("train/quickstart")  # which imports what transformers leaves for later
     gc.freeze()  # what is here now is nothing that the processes need to look through
     requests, replies = sys.stdin, os.fdopen(os.dup(1), "w")

@@ -91,16 +91,19 @@ def test_wall_time_adds_up_over_resumes(tiny_fit: TinyFit, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_text_read_before_a_stop_is_not_read_again(tiny_fit: TinyFit, tmp_path: Path) -> None:
-    """Files that had been read to their end are broken before the fit goes on, which would fail if it read them."""
+def test_text_that_was_read_before_a_stop_and_has_changed_since_is_refused(tiny_fit: TinyFit, tmp_path: Path) -> None:
     settings, run = ("--max_steps", 96), tmp_path / "run"
-    shards = write_text(tmp_path / "text")
+    shard, *_ = write_text(tmp_path / "text")
     settings = (*settings, "--dataset", tmp_path / "text" / "*.jsonl")
     assert tiny_fit.run(run, *settings, sabotage=("die_at", "os.rename", "step_00000092", "0")).returncode < 0
     assert checkpoints(run) == [84, 88]
-    for shard in shards[:2]:
-        first_line = shard.read_text().splitlines()[0]  # which is looked at before every fit
-        shard.write_text(f"{first_line}\nno JSON\n")
+    before = shard.read_text()
+    shard.write_text(before.replace("e", "E", 1))
+    refused = tiny_fit.run(run, *settings)
+    (error,) = refused.errors
+    assert "the position to resume from belongs to other text than" in error
+    assert checkpoints(run) == [84, 88]
+    shard.write_text(before)
     finished = tiny_fit.run(run, *settings)
     assert finished.returncode == 0, finished.stderr
     assert_same_layers(run, tiny_fit.reference("--max_steps", 96))
