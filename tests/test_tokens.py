@@ -464,7 +464,8 @@ def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tok
     for name, arguments in cases.items():
         size = arguments["batch_size"]
         shares, endings, again = zip(*(read[rank][name] for rank in range(processes)), strict=True)
-        count = len(expected[name][0]) // size
+        # what does not fill a batch comes as a smaller one, unless the text fails before its end
+        count = len(expected[name][0]) // size if name == "bad" else -(-len(expected[name][0]) // size)
         assert [len(of_rank) for of_rank in shares] == [count] * processes
         for step in range(count):
             sizes = [len(of_rank[step][0]) for of_rank in shares]

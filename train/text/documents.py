@@ -21,7 +21,7 @@ PYTHON_STDLIB = "python-stdlib"
 COMPRESSIONS = (".zst", ".gz", ".bz2", ".xz")
 FILE_FORMATS = {".txt": "text", ".py": "text", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 READ_BYTES = 1 << 20
-HEAD_BYTES = 1 << 16  # of a file that was read, by which it is known again
+HEAD_BYTES = 1 << 16  # of each end of a file that was read, by which it is known again
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -65,7 +65,6 @@ class Documents:
         self._source = _names_hash(self.files or [dataset])
         self._local = bool(self.files) and all(map(os.path.isfile, self.files))
         self._chain = [""]  # a hash of the content of the first files, by how many
-        self._head = (-1, 0, "")  # the file being read, how much of its beginning is looked at, and a hash of that
         self._start = self._stream.state_dict()
         self._position: dict | None = self._start
         if next(iter(self), None) is None:
@@ -95,11 +94,8 @@ class Documents:
 
         TextError if the position belongs to other files, or what was read of them is no longer the same.
         """
-        other = state["source"] != self._source
-        if not other and (read := state.get("read")) is not None:  # earlier positions tell the names alone
-            chain, length, head = self._read_until(state["position"], read[1])
-            other = [chain, length, head] != list(read)
-        if other:
+        read = state.get("read", self._read_until(state["position"]))  # earlier positions tell the names alone
+        if state["source"] != self._source or read != self._read_until(state["position"]):
             raise TextError(
                 f"the position to resume from belongs to other text than {self.name!r} holds now;"
                 " resume with the same dataset and split, or start anew"
@@ -116,24 +112,16 @@ class Documents:
             position = position["examples_iterable"]
         return position.get("shard_idx", len(self.files))
 
-    def _read_until(self, position: dict, length: int | None = None) -> list:
-        """What tells whether the text before a position is still the same: a hash of the files that were read to
-        their end, and of the first `length` bytes of the one being read. Empty for files of another machine."""
-        if not self._local:
-            return ["", 0, ""]
-        number = self._file_number(position)
-        while len(self._chain) <= min(number, len(self.files)):
+    def _read_until(self, position: dict) -> str:
+        """A hash of the content of the files that were read to their end; empty for files of another machine.
+
+        The file being read has no part in it: a broken line in it may be mended before the text is read on.
+        """
+        number = min(self._file_number(position), len(self.files)) if self._local else 0
+        while len(self._chain) <= number:
             content = self._chain[-1] + _ends_hash(self.files[len(self._chain) - 1])
             self._chain.append(hashlib.sha256(content.encode()).hexdigest())
-        chain = self._chain[min(number, len(self.files))]
-        if number >= len(self.files):
-            return [chain, 0, ""]
-        if length is not None:
-            return [chain, length, _head_hash(self.files[number], length)]
-        if self._head[0] != number:  # this is asked for after every document
-            size = min(HEAD_BYTES, os.path.getsize(self.files[number]))
-            self._head = (number, size, _head_hash(self.files[number], size))
-        return [chain, *self._head[1:]]
+        return self._chain[number]
 
 
 def python_stdlib_files() -> dict[str, list[str]]:
@@ -354,11 +342,6 @@ def _names_hash(files: list[str]) -> str:
     """Tells one list of files from another, wherever they lie."""
     names = "\n".join(file.rsplit("/", 1)[-1] for file in files)
     return hashlib.sha256(names.encode()).hexdigest()
-
-
-def _head_hash(path: str, length: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def _ends_hash(path: str) -> str:
