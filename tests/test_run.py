@@ -87,7 +87,10 @@ def test_what_an_export_did_not_end_or_was_changed_since_is_not_published(run: R
     (run.folder / "checkpoints" / "step_00000005.pt").touch()
     with pytest.raises(UnfitRun, match="the layers were not all written: run the fit's command again"):
         check_publishable(run)
+    (run.folder / "checkpoints" / "exported").write_text("5")  # as earlier versions noted the end of an export
+    check_publishable(run)
     export(run)
+    assert not (run.folder / "checkpoints" / "exported").exists()
     check_publishable(Run(run.folder))
     change_weights(run, 0, left__bias=torch.zeros(16))
     with pytest.raises(UnfitRun, match=r"layer_0/model.safetensors is missing, or not as it was written"):

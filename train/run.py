@@ -1,6 +1,6 @@
 """A run: the folder that a fit writes, whole at any moment, or a Hub repository in the same layout.
 
-This file alone knows a run's files: what they are called, what they hold, and how each is written whole or not at all.
+This file alone knows a run's files: what they are called and what they hold. `files.py` writes each whole or not at all.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ CONFIG, WEIGHTS, SETTINGS, HISTORY = LAYER_FILES = (
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
+EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -281,7 +282,7 @@ class Run:
         """What is not as the last export wrote it, a sentence each; nothing of an imported set, which has no record."""
         path = self._file(EXPORTED)
         if path is None:
-            begun = any(self.folder.glob(f"{CHECKPOINTS}/step_*.pt"))
+            begun = any(self.folder.glob(f"{CHECKPOINTS}/step_*.pt")) and self._file(EXPORTED_BEFORE) is None
             return ["the layers were not all written: run the fit's command again, which writes them"] * begun
         remedy = "run the fit's command again, which writes it from the checkpoint"
         try:
@@ -343,7 +344,7 @@ class Run:
         as on a full disk; each file in the run is whole.
         """
         try:
-            for void in (EVALUATION, EXPORTED):
+            for void in (EVALUATION, EXPORTED, EXPORTED_BEFORE):
                 (self.folder / void).unlink(missing_ok=True)
             for transcoder, history in zip(transcoders, histories, strict=True):
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
