@@ -1,6 +1,6 @@
 """A run: the folder that a fit writes, whole at any moment, or a Hub repository in the same layout.
 
-This file alone knows a run's files: what they are called and what they hold. `files.py` writes each whole or not at all.
+This file alone knows what a run's files are called and what they hold. `files.py` writes each whole or not at all.
 """
 
 from __future__ import annotations
