@@ -137,6 +137,7 @@ def test_a_finished_run_only_prints_its_table(tiny_fit: TinyFit, tmp_path: Path)
     assert (run / "layer_0/model.safetensors").stat().st_mtime_ns == before[run / "layer_0/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoint_and_layers_it_writes_the_layers(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """Also at the last step, after which there is nothing left to fit."""
     run = tmp_path / "run"

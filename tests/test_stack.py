@@ -111,6 +111,7 @@ def test_a_compiled_stack_gives_the_same_errors(neox):
     torch.testing.assert_close(errors[0], errors[1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_stack_is_compiled_once_for_all_layers(neox):
     torch._dynamo.reset()
     batch, eager = filled(neox)
