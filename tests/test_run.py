@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
 
-from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.errors import StorageError, UserError
 from bilinear_tc.train.files import locked, written_whole
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.repository import UnfitRun, build_repository, check_publishable
@@ -200,3 +201,16 @@ def test_a_link_that_leaves_the_run_is_refused_and_a_snapshots_links_are_followe
     assert (folder / "layer_1" / "model.safetensors").read_bytes() == (
         run.folder / "layer_1" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"missing cannot be written \(.*\): expected write permission"):
+        locked(tmp_path / "missing").__enter__()
+
+
+def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("nobody/nothing")
+    run._remote_files = {"recipe.yaml"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"recipe.yaml of nobody/nothing cannot be fetched: "):
+        _ = run.recipe

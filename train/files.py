@@ -121,9 +121,12 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(
             f"another command ({holder}) is at work in {folder}: wait for its end, or delete {lock} if there is none"
         )
-    lock.unlink(missing_ok=True)  # of a process that was killed
-    with lock.open("x", encoding="utf-8") as file:
-        json.dump({"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}, file)
+    try:
+        lock.unlink(missing_ok=True)  # of a process that was killed
+        with lock.open("x", encoding="utf-8") as file:
+            json.dump({"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}, file)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written ({one_line(error)}): expected write permission") from error
     try:
         yield
     finally:

@@ -43,12 +43,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
 RECIPE = "recipe.yaml"
 EVALUATION = "evaluation.json"
-CONFIG, WEIGHTS, SETTINGS, HISTORY = LAYER_FILES = (
-    "config.json",
-    "model.safetensors",
-    "config.yaml",
-    "history.parquet",
-)
+CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config.yaml", "history.parquet"
+LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
@@ -215,7 +211,10 @@ class Run:
             return path if (path := self.folder / name).is_file() else None
         if name not in self._remote_files:
             return None
-        return Path(hf_hub_download(self.where, name, revision=self.revision))
+        try:
+            return Path(hf_hub_download(self.where, name, revision=self.revision))
+        except Exception as error:  # whatever the network or the cache's disk makes huggingface_hub raise
+            raise UserError(f"{name} of {self.where} cannot be fetched: {one_line(error)}") from error
 
     def _layer_file(self, layer: int, name: str, read: Callable[[Path], T], missing: T | None = None) -> T:
         """A layer's file as `read` reads it, or `missing` if there is none; UserError if it is not readable."""

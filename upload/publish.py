@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
-from bilinear_tc.train.files import locked
+from bilinear_tc.train.files import locked, sha256_of
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
 from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
@@ -187,10 +186,6 @@ def same_outputs(one: BilinearTC, other: BilinearTC) -> bool:
     noise = torch.randn(64, other.config.n_inputs, generator=torch.Generator().manual_seed(0))
     x = other.input_mean + other.input_std * noise
     return bool(torch.isclose(one(x), other(x), rtol=0, atol=0, equal_nan=True).all())
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_line(settings: Publication, state: State, layer: int) -> str:
