@@ -67,9 +67,9 @@ class Activations:
         for buffer, values in ((self._x, x.flatten(0, 1)), (self._y, y.flatten(0, 1))):
             buffer[index, rows] = values if kept is None else values[kept]
 
-    def weigh(self, typical: Tensor) -> None:
-        """Sets the rows' weights by the typical norms [layers] of the MLPs' outputs (see train/massive.py)."""
-        self._weights[:, : self.rows] = row_weights(self.y, typical)
+    def weigh(self, median_norm: Tensor) -> None:
+        """Sets the rows' weights by the median norms [layers] of the MLPs' outputs (see train/massive.py)."""
+        self._weights[:, : self.rows] = row_weights(self.y, median_norm)
 
     def count(self) -> int:
         """Rows of all processes."""

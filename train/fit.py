@@ -62,7 +62,7 @@ def fit(recipe: Recipe) -> None:
             fit_layers(run, recipe, base, accelerator)
             if recipe.eval_split is not None:
                 transcoders = [run.load(layer).float().to(accelerator.device) for layer in base.layers]
-                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
+                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size)
                 on_main(lambda: run.write_evaluation(evaluation))
     if is_main():
         print_result(run, recipe)

@@ -172,7 +172,7 @@ class Run:
             raise UserError(
                 f"layer_{layer} has neither held-out scores nor a training history: run train/evaluate.py first"
             )
-        means = {name: float(history[name][-SETTLED_STEPS:].mean()) for name in ("mse", "variance_explained", "fvu")}
+        means: Any = {n: float(history[n][-SETTLED_STEPS:].mean()) for n in ("mse", "variance_explained", "fvu")}
         return LayerScores(**means)
 
     def layer_folder(self, layer: int) -> Path:

@@ -143,7 +143,7 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
         x, y = moments[checkpoint.layer]
         vectors = (x.mean, x.std, y.mean, y.std)
         checkpoint.statistics = {name: v.float().cpu() for name, v in zip(STATISTICS, vectors, strict=True)}
-    return moments[layers[0]][0].count
+    return int(moments[layers[0]][0].count)
 
 
 def activation_moments(

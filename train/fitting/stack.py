@@ -9,7 +9,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
 from bilinear_tc.train.fitting.tangents import Tangents
-from bilinear_tc.train.massive import typical_norms
+from bilinear_tc.train.massive import median_norm
 from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.processes import process_count, sum_over_processes
 
@@ -28,7 +28,7 @@ class Stack:
         transcoders: the layers' models, float32.
         parameters: the stacked parameters by name: [layers, rows, cols] weights and [layers, rows] biases.
         inputs, outputs: moments [layers, features] of the ordinary rows so far; what the transcoders' z-scores export.
-        typical: the typical norms [layers] of the MLPs' outputs in the first batch; empty before it.
+        median_norm: the median norms [layers] of the MLPs' outputs in the first batch; empty before it.
     """
 
     def __init__(self, transcoders: list[BilinearTC], *, dtype: torch.dtype, compile: bool = False) -> None:
@@ -39,7 +39,7 @@ class Stack:
         self.inputs = Moments.zeros(layers, config.n_inputs, device=self.device)
         self.outputs = Moments.zeros(layers, config.n_outputs, device=self.device)
 
-        self.typical = torch.empty(0, device=self.device)
+        self.median_norm = torch.empty(0, device=self.device)
 
         named = {name: p.shape for name, p in transcoders[0].named_parameters()}
         self._gradients = torch.zeros(layers * sum(shape.numel() for shape in named.values()), device=self.device)
@@ -60,10 +60,10 @@ class Stack:
         self._functions = [torch.compile(function) if compile else function for function in functions]
 
     def weigh(self, activations: Activations) -> None:
-        """Sets the weights of a batch's rows; the first batch's decide which norms are typical."""
-        if not len(self.typical):
-            self.typical = typical_norms(activations.y)
-        activations.weigh(self.typical)
+        """Sets the weights of a batch's rows; the median norms are the first batch's."""
+        if not len(self.median_norm):
+            self.median_norm = median_norm(activations.y)
+        activations.weigh(self.median_norm)
 
     def accumulate(
         self,
@@ -134,7 +134,7 @@ class Stack:
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "inputs": vars(self.inputs),
             "outputs": vars(self.outputs),
-            "typical": self.typical,
+            "median_norm": self.median_norm,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -142,7 +142,7 @@ class Stack:
             parameter.data.copy_(state["parameters"][name])
         self.inputs = Moments(**state["inputs"]).to(self.device)
         self.outputs = Moments(**state["outputs"]).to(self.device)
-        self.typical = state["typical"].to(self.device)
+        self.median_norm = state["median_norm"].to(self.device)
 
 
 def add(gradients: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
