@@ -24,18 +24,9 @@ from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.documents import PYTHON_STDLIB
+from bilinear_tc.upload import tables
 from bilinear_tc.upload.figures import FIGURES, described_figures
 from bilinear_tc.upload.findings import findings
-from bilinear_tc.upload.tables import (
-    LIKE,
-    architecture_table,
-    format_fvu,
-    format_percent,
-    full_table,
-    layer_ranges,
-    summary_table,
-    training_table,
-)
 
 HUB = "https://huggingface.co"
 LICENSE = "mit"
@@ -112,8 +103,8 @@ def relative_links(card: str) -> list[str]:
 
 def card_data(context: dict[str, Any], scores: Evaluation) -> ModelCardData:
     """The card's metadata, as the Hub reads it."""
-    base, text = context["base"], context["text"]
-    mean = f"mean over layers {context['layer_ranges']}" if len(context["layers"]) > 1 else "one layer"
+    base, text, layers = context["base"], context["text"], context["layers"]
+    mean = f"mean over layers {tables.layer_ranges(layers)}" if len(layers) > 1 else "one layer"
     source = {
         "task_type": "other",
         "task_name": "Approximating MLP outputs",
@@ -160,7 +151,6 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "author": latex(author or (repo_id.split("/")[0] if repo_id and "/" in repo_id else "")),
         "year": datetime.now(timezone.utc).year,
         "layers": layers,
-        "layer_ranges": layer_ranges(layers),
         "example": example,
         "base": base,
         "config": config,
@@ -168,19 +158,13 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "text": describe_text(scores.dataset),
         "scores": scores,
         "settled_steps": min(files.SETTLED_STEPS, longest),
-        "like": f"{LIKE:g}",
-        "architecture": architecture_table(config, layers),
-        "summary": summary_table(scores),
-        "full": full_table(scores),
-        "training": training_table(settings, fitted_on["link"]),
+        "settings": settings,
+        "tables": tables,
         "figures": figures,
         "tree": "\n".join(repository_tree(repository, layers)),
-        "imported": settings.get("imported"),
         "has_history": longest > 0,
         "checkpoint": next((path.name for path in sorted((repository / f"layer_{example}").glob("*.pt"))), None),
         "findings": findings(scores),
-        "format_fvu": format_fvu,
-        "format_percent": format_percent,
         "statistics": STATISTICS,
         "files": files,
         "figures_folder": FIGURES,
@@ -195,17 +179,10 @@ def describe_base(config: BilinearTCConfig, settings: dict[str, Any]) -> dict[st
     """
     name = config.base_model or settings.get("base") or "an unnamed base"
     on_hub = is_hub_id(name) and base_location(name) == name and not Path(name).exists()
-    short = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    without_size = re.split(r"-\d", short, maxsplit=1)[0].lower()
+    described = describe(name, f"{HUB}/{name}" if on_hub else None, "a local model")
+    without_size = re.split(r"-\d", described["short"], maxsplit=1)[0].lower()
     architecture = (config.mlp_path or "transformer").split(".")[0]
-    return {
-        "name": name,
-        "revision": config.base_revision,
-        "short": short,
-        "url": f"{HUB}/{name}" if on_hub else None,
-        "link": f"[{name}]({HUB}/{name})" if on_hub else f"`{short}` (a local model)",
-        "family": without_size if on_hub else architecture,
-    }
+    return described | {"revision": config.base_revision, "family": without_size if on_hub else architecture}
 
 
 def describe_text(dataset: str | None) -> dict[str, Any]:
@@ -215,16 +192,16 @@ def describe_text(dataset: str | None) -> dict[str, Any]:
     if dataset == PYTHON_STDLIB:
         return {"name": PYTHON_STDLIB_NAME, "link": PYTHON_STDLIB_NAME, "url": None, "slug": dataset}
     is_file = re.search(r"\.(txt|jsonl?|zst|gz|parquet|py|csv)$|[*,]", dataset)
-    if is_hub_id(dataset) and not is_file and not Path(dataset).exists():
-        url = f"{HUB}/datasets/{dataset}"
-        return {"name": dataset, "link": f"[{dataset}]({url})", "url": url, "slug": dataset}
-    short = re.split(r"[/\\]", dataset.rstrip("/\\"))[-1]
-    return {
-        "name": short,
-        "link": f"`{short}` (local files)",
-        "url": None,
-        "slug": re.sub(r"[^\w.-]+", "-", short).strip("-.") or "local",
-    }
+    on_hub = is_hub_id(dataset) and not is_file and not Path(dataset).exists()
+    described = describe(dataset, f"{HUB}/datasets/{dataset}" if on_hub else None, "local files")
+    slug = re.sub(r"[^\w.-]+", "-", described["short"]).strip("-.") or "local"
+    return described | ({"slug": dataset} if on_hub else {"name": described["short"], "slug": slug})
+
+
+def describe(name: str, url: str | None, local: str) -> dict[str, Any]:
+    """What has a page on the Hub by its id and a link to it, anything else by its own name alone."""
+    short = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return {"name": name, "short": short, "url": url, "link": f"[{name}]({url})" if url else f"`{short}` ({local})"}
 
 
 def is_hub_id(name: str) -> bool:

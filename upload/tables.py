@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -50,28 +50,20 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 def consecutive(layers: Sequence[int]) -> list[list[int]]:
     """Ascending layers cut where one is missing: [0, 1, 2, 5] → [[0, 1, 2], [5]]."""
-    runs = [[layers[0]]]
-    for before, layer in pairwise(layers):
-        if layer == before + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
+    runs = groupby(enumerate(layers), lambda place: place[1] - place[0])
+    return [[layer for _, layer in run] for _, run in runs]
 
 
 def like_layers(fvu: dict[int, float]) -> list[list[int]]:
     """The fewest groups of consecutive layers in which the highest FVU is at most `LIKE` times the lowest."""
     groups = []
     for run in consecutive(list(fvu)):
-        group = [run[0]]
+        groups.append([run[0]])
         for layer in run[1:]:
-            values = [fvu[member] for member in (*group, layer)]
-            if max(values) <= LIKE * min(values):
-                group.append(layer)
-            else:
-                groups.append(group)
-                group = [layer]
-        groups.append(group)
+            values = [fvu[member] for member in (*groups[-1], layer)]
+            if max(values) > LIKE * min(values):
+                groups.append([])
+            groups[-1].append(layer)
     return groups
 
 
@@ -132,10 +124,8 @@ def architecture_table(config: BilinearTCConfig, layers: Sequence[int]) -> list[
         alike.setdefault((inputs, outputs), []).append(f"`{name}`")
     maps = [f"{', '.join(names)}: {inputs} → {outputs}" for (inputs, outputs), names in alike.items()]
     biased = [f"`{name}`" for name, (_, _, bias) in config.maps.items() if bias]
-    if biased:
-        maps.append("each with a bias" if len(biased) == len(config.maps) else f"a bias in {', '.join(biased)} alone")
-    else:
-        maps.append("no biases")
+    some = f"a bias in {', '.join(biased)} alone" if biased else "no biases"
+    maps.append("each with a bias" if len(biased) == len(config.maps) else some)
     parameters = sum(outputs * (inputs + bias) for inputs, outputs, bias in config.maps.values())
     others = ", likewise in the others" if len(layers) > 1 else ""
     return [
@@ -186,17 +176,14 @@ def training_table(settings: dict[str, Any], text_link: str) -> list[list[str]]:
 
 
 def text_cell(settings: dict[str, Any], link: str) -> str:
-    parts = [link]
-    parts += [f"configuration `{settings['dataset_config']}`"] if settings.get("dataset_config") else []
-    parts += [f"split `{settings['split']}`"] if settings.get("split") else []
-    packing = {
-        True: "packed without padding",
-        False: "each document cut to one sequence, padding left out of the loss and of every statistic",
-    }
-    if settings.get("imported") and settings.get("pack") is False:
-        parts.append("each document cut to one sequence, its padding counted like text")
-    elif isinstance(settings.get("pack"), bool):
-        parts.append(packing[settings["pack"]])
+    named = (("dataset_config", "configuration"), ("split", "split"))
+    parts = [link, *(f"{word} `{settings[key]}`" for key, word in named if settings.get(key))]
+    left_out = "padding left out of the loss and of every statistic"
+    if settings.get("pack") is True:
+        parts.append("packed without padding")
+    elif settings.get("pack") is False:
+        padding = "its padding counted like text" if settings.get("imported") else left_out
+        parts.append(f"each document cut to one sequence, {padding}")
     return ", ".join(parts)
 
 
