@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -257,7 +257,9 @@ def main() -> None:
     options: dict[str, Any] = {"allow_abbrev": False, "dataclass_types": ImportSettings}
     importing = commands.add_parser("import", help="checkpoints → run", **options)
     importing.add_argument("folder", type=Path, metavar="FOLDER", help="holds layer_0/*.pt and so on")
-    importing.add_argument("--output_dir", type=Path, required=True, metavar="RUN", help="the run's folder")
+    importing.add_argument(
+        "--output_dir", type=Path, required=True, default=SUPPRESS, metavar="RUN", help="the run's folder"
+    )
     exporting = commands.add_parser("export", help="run → checkpoints", allow_abbrev=False)
     exporting.add_argument("run", type=Path, metavar="RUN")
     exporting.add_argument(
