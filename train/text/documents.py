@@ -178,11 +178,10 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
         return None
     files = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        matches = [match for match in matches if Path(match).is_file()]
-        if not matches:
+        matches = [pattern] if Path(pattern).is_file() else filter(os.path.isfile, glob.glob(pattern, recursive=True))
+        if not (found := sorted(matches)):
             raise TextError(f"no file matches {pattern!r}; give an existing file, folder, glob or Hub dataset")
-        files += matches
+        files += found
     for file in files:
         if _file_format(file) is None:
             raise TextError(f"{file} is not a text file that can be read; supported are {_listed(FILE_FORMATS)}")
@@ -191,11 +190,11 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
 
 def _file_format(file: str) -> str | None:
     """A value of `FILE_FORMATS`, by the file's name; only text and jsonl may be compressed."""
-    suffixes = Path(file).suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        kind = FILE_FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return kind if kind in ("text", "jsonl") else None
-    return FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    path = Path(file)
+    if path.suffix not in COMPRESSIONS:
+        return FILE_FORMATS.get(path.suffix)
+    kind = FILE_FORMATS.get(path.with_suffix("").suffix)
+    return kind if kind in ("text", "jsonl") else None
 
 
 def _open_repository(
@@ -204,11 +203,9 @@ def _open_repository(
     """A Hub dataset or a folder in its layout."""
     if dataset.startswith((".", "/", "~")) and not Path(dataset).is_dir():
         raise TextError(f"there is no file or folder {dataset!r}; give an existing one, or a Hub dataset")
+    file, split = (split, "train") if _file_format(split) else (None, split)
     try:
-        if _file_format(split):
-            builder, split = datasets.load_dataset_builder(dataset, name=config, data_files=split), "train"
-        else:
-            builder = datasets.load_dataset_builder(dataset, name=config)
+        builder = datasets.load_dataset_builder(dataset, name=config, data_files=file)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise TextError(
             f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {one_line(error)}"
