@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -137,7 +138,7 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
     scores, layers = run.scores, run.layers
     example = 3 if 3 in layers else layers[0]
     config = run.config(example)
-    settings = run.recipe_settings | run.settings(example)
+    settings = defaultdict(lambda: None, run.recipe_settings | run.settings(example))  # None: not recorded
     base = describe_base(config, settings)
     fitted_on = describe_text(settings.get("dataset"))
     longest = max(len(run.history(layer)["step"]) for layer in layers)
@@ -159,9 +160,10 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "scores": scores,
         "settled_steps": min(files.SETTLED_STEPS, longest),
         "settings": settings,
+        "fit": defaultdict(lambda: None, settings.get("fit") or {}),
         "tables": tables,
         "figures": figures,
-        "tree": "\n".join(repository_tree(repository, layers)),
+        "tree": "\n".join([".", *repository_tree(repository, layers)]),
         "has_history": longest > 0,
         "checkpoint": next((path.name for path in sorted((repository / f"layer_{example}").glob("*.pt"))), None),
         "findings": findings(scores),
@@ -214,35 +216,39 @@ def is_hub_id(name: str) -> bool:
 
 def repository_tree(repository: Path, layers: Sequence[int]) -> Iterator[str]:
     """The lines of the folder's files as a tree: the first layer's in full, the other layers in one line."""
-    first = f"layer_{layers[0]}"
-    yield "."
-    for name in sorted({path.name for path in shown(repository) if path.is_file()} | {REPOCARD_NAME}):
-        yield tree_line("├── ", name)
-    folders = [name for name in (FIGURES, first) if (repository / name).is_dir()]
-    for folder in folders:
-        last = folder == folders[-1] and len(layers) == 1
-        yield f"{'└' if last else '├'}── {folder}/"
-        members = sorted((path.name for path in shown(repository / folder)), key=by_number)
-        stem = "    " if last else "│   "
-        yield from (tree_line(f"{stem}{'└' if name == members[-1] else '├'}── ", name) for name in members)
+
+    def notes(names: Iterable[str]) -> dict[str, str]:
+        others = ("the same weights for readers of the earlier set" if name.endswith(".pt") else "" for name in names)
+        return {name: FILE_NOTES.get(name, other) for name, other in zip(names, others, strict=True)}
+
+    def files(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+    entries: dict[str, Any] = notes(sorted(files(repository) | {REPOCARD_NAME}))
+    for folder in (FIGURES, f"layer_{layers[0]}"):
+        if (repository / folder).is_dir():
+            entries[f"{folder}/"] = notes(sorted(files(repository / folder), key=by_number))
     if len(layers) > 1:
-        others = f"layer_{layers[1]}/" + (f" … layer_{layers[-1]}/" if len(layers) > 2 else "")
-        yield f"└── {others}".ljust(NOTES_AT) + "the same, a folder a layer"
+        last = f" … layer_{layers[-1]}/" if len(layers) > 2 else ""
+        entries[f"layer_{layers[1]}/{last}"] = "the same, a folder a layer"
+    return branches(entries)
 
 
-def shown(folder: Path) -> list[Path]:
-    """What a folder holds, without what is half written."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+def branches(entries: dict[str, Any], stem: str = "") -> Iterator[str]:
+    """The lines of a tree, by name the note on a file or the entries of a folder."""
+    for name, content in entries.items():
+        last = name == [*entries][-1]
+        line = f"{stem}{'└' if last else '├'}── {name}"
+        if isinstance(content, dict):
+            yield line
+            yield from branches(content, stem + ("    " if last else "│   "))
+        else:
+            yield line.ljust(NOTES_AT if content else 0) + content
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
     """Sorts file names as a reader counts: `_6_11` before `_12_17`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def tree_line(stem: str, name: str) -> str:
-    note = FILE_NOTES.get(name, "the same weights for readers of the earlier set" if name.endswith(".pt") else "")
-    return f"{stem}{name}".ljust(NOTES_AT if note else 0) + note
 
 
 def latex(text: str) -> str:
