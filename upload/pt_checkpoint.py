@@ -87,14 +87,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise UserError(f"{path}: its config says {name} {said[name]}, its weights say {getattr(config, name)}")
     for name in ("base_model", "base_revision", "mlp_path"):
         setattr(config, name, said.get(name))
-    return Checkpoint(
-        path=path,
-        config=config,
-        weights=weights,
-        statistics=read_statistics(content, config, path),
-        history=read_columns(content, path),
-        settings=content.get("settings"),
-    )
+    statistics, history = read_statistics(content, config, path), read_columns(content, path)
+    return Checkpoint(path, config, weights, statistics, history, content.get("settings"))
 
 
 def load_inert(path: Path) -> Any:

@@ -63,18 +63,14 @@ class BenchmarkSettings:
     micro_batch_size: int | None = option(None, "As in the recipe.")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
 def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
     """Appends the seconds that the block takes, the device's work included."""
-    synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    wait(device)
     started = time.perf_counter()
     yield
-    synchronize(device)
+    wait(device)
     seconds.append(time.perf_counter() - started)
 
 

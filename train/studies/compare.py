@@ -89,8 +89,9 @@ def harden(base: Base, factor: float) -> None:
         last.weight.div_(factor)
 
 
-def activations_of(batch: TokenBatch, recipe: Recipe, base: Base, device: torch.device) -> Activations:
+def activations_of(batch: TokenBatch, recipe: Recipe, base: Base) -> Activations:
     """The MLP inputs and outputs of some text, kept for many measurements."""
+    device = base.model.device
     kept = Activations(base, batch.input_ids.numel(), device=device, dtype=recipe.compute_dtype(device))
     kept.fill(batch, recipe.batch_size)
     return kept
@@ -109,11 +110,9 @@ def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None)
     return unexplained
 
 
-def run_recipe(
-    recipe: Recipe, base: Base, held_out: Activations, device: torch.device, name: str, points: int
-) -> Curve:
+def run_recipe(recipe: Recipe, base: Base, held_out: Activations, name: str, points: int = 0) -> Curve:
     """Fits a recipe, measuring on held-out text as it goes."""
-    curve = Curve()
+    curve, device = Curve(), base.model.device
     with open_batches(recipe, base.tokenizer, device) as text:
         fitter = Fitter(recipe, base, device)
         tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
@@ -168,21 +167,18 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
     harden(base, settings.harden)
     sequences = ours.eval_tokens // ours.seq_len
     with open_held_out(ours, base.tokenizer, device, sequences) as text:
-        held_out = activations_of(next(text), ours, base, device)
-
-    def run(recipe: Recipe, name: str, points: int = 0) -> Curve:
-        return run_recipe(recipe, base, held_out, device, name, points)
+        held_out = activations_of(next(text), ours, base)
 
     curves = {
-        "card's recipe": run(card, "card's recipe", settings.points),
-        "ours": run(full, "ours", settings.points),
-        "closed form alone": run(replace(full, max_steps=0), "closed form"),
+        "card's recipe": run_recipe(card, base, held_out, "card's recipe", settings.points),
+        "ours": run_recipe(full, base, held_out, "ours", settings.points),
+        "closed form alone": run_recipe(replace(full, max_steps=0), base, held_out, "closed form"),
     }
     card_curve, our_curve, closed_curve = curves.values()
     short = Curve()
     for share in SHORT_FITS:
         if recipe := shorter(ours, int(share * budget)):
-            curve = run(recipe, f"ours, {share:.1%} of the tokens")
+            curve = run_recipe(recipe, base, held_out, f"ours, {share:.1%} of the tokens")
             short.add(curve.tokens[-1], curve.fvu[-1])
             if short.mean <= card_curve.mean:
                 break

@@ -62,7 +62,7 @@ def following_text(recipe: Recipe, base: Base, device: torch.device) -> Activati
         calibration_batches(recipe, text)
         batches = list(islice(text, recipe.max_steps, recipe.max_steps + count))
     following = TokenBatch(torch.cat([batch.input_ids for batch in batches]))
-    return activations_of(following, recipe, base, device)
+    return activations_of(following, recipe, base)
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     kept = 0.0
     for change in CHANGES:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
-        curve = run_recipe(replace(recipe, **change), base, following, device, name or "recipe", 0)
+        curve = run_recipe(replace(recipe, **change), base, following, name or "recipe")
         kept = kept or curve.mean
         by_layer = ", ".join(f"{value:.4f}" for value in curve.fvu[-1])
         print(f"| {name or 'none'} | {curve.mean:.4f} | {curve.mean / kept - 1:+.1%} | {by_layer} |", flush=True)

@@ -183,15 +183,9 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
                 for ids, (documents, offset) in encoded:
                     sequences, tokens = self._cut(position.tokens, ids)
                     sequences_in_pass += len(sequences)
-                    position = replace(
-                        position,
-                        documents=documents,
-                        offset=offset,
-                        tokens=tokens,
-                        drawn=position.drawn + shuffle.exchange(sequences),
-                        pool=list(shuffle.pool),
-                        generator=shuffle.generator,
-                    )
+                    drawn = position.drawn + shuffle.exchange(sequences)
+                    position = replace(position, tokens=tokens, drawn=drawn, **shuffle.state)
+                    position = replace(position, documents=documents, offset=offset)
                     position = yield from self._full_batches(position)
             least = self.batch_size if self._epochs is None else 1
             if whole and sequences_in_pass < least:
@@ -200,15 +194,9 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
                     f" than one batch of {least}; give more text, or a smaller batch_size or seq_len"
                 )
             whole = True
-            position = replace(
-                position,
-                documents=self._documents.state_dict(),
-                offset=0,
-                epoch=position.epoch + 1,
-                drawn=position.drawn + shuffle.drain(),
-                pool=[],
-                generator=shuffle.generator,
-            )
+            documents, drawn = self._documents.state_dict(), position.drawn + shuffle.drain()
+            position = replace(position, epoch=position.epoch + 1, documents=documents, offset=0)
+            position = replace(position, drawn=drawn, **shuffle.state)
             if self._epochs is None and position.epoch == 1:
                 logger.warning("the text has been read to its end; it is read again from the beginning")
             position = yield from self._full_batches(position)
@@ -278,31 +266,31 @@ class _Shuffle:
 
     def __init__(self, size: int, pool: list[np.ndarray], generator: Mapping[str, Any]) -> None:
         self._size = size
-        self.pool = list(pool)
+        self._pool = list(pool)
         self._generator = np.random.default_rng()
         self._generator.bit_generator.state = generator
 
     @property
-    def generator(self) -> Mapping[str, Any]:
-        return self._generator.bit_generator.state
+    def state(self) -> dict[str, Any]:
+        return {"pool": list(self._pool), "generator": self._generator.bit_generator.state}
 
     def exchange(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Takes sequences in and gives back those that they push out."""
         if not self._size:
             return sequences
-        room = max(0, self._size - len(self.pool))
-        self.pool += sequences[:room]
+        room = max(0, self._size - len(self._pool))
+        self._pool += sequences[:room]
         drawn = []
         entering = sequences[room:]
         for sequence, place in zip(entering, self._generator.integers(self._size, size=len(entering)), strict=True):
-            drawn.append(self.pool[place])
-            self.pool[place] = sequence
+            drawn.append(self._pool[place])
+            self._pool[place] = sequence
         return drawn
 
     def drain(self) -> list[np.ndarray]:
         """Gives back all that are left."""
-        drawn = [self.pool[place] for place in self._generator.permutation(len(self.pool))]
-        self.pool = []
+        drawn = [self._pool[place] for place in self._generator.permutation(len(self._pool))]
+        self._pool = []
         return drawn
 
 
