@@ -1,4 +1,4 @@
-"""The benchmark: its operation counts against torch's own, and a short run of the command."""
+"""The benchmark: its operation counts against formulas, and a short run of the command."""
 
 from __future__ import annotations
 
@@ -7,34 +7,29 @@ import sys
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from bilinear_tc.train.fitting.fitter import make_transcoders
-from bilinear_tc.train.fitting.gradients import error_and_gradients
+from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.studies import benchmark
+from bilinear_tc.train.text.batches import TokenBatch
 
 
-def test_a_transcoders_operations_are_those_that_torch_counts(neox):
-    (transcoder, *_) = make_transcoders(Recipe(init="random"), neox, torch.device("cpu"))
-    parameters = dict(transcoder.named_parameters())
-    x, y, zero, one = torch.randn(40, 16), torch.randn(40, 16), torch.zeros(16), torch.ones(16)
-    with FlopCounterMode(display=False) as counter:
-        error_and_gradients(parameters, x, y, zero, one, zero, one, torch.tensor(1.0), torch.float32)
-    assert benchmark.transcoder_flops(16, 64, 16, 40) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("lm_head", [False, True])
-def test_a_bases_operations_are_those_that_torch_counts(neox, lm_head: bool):
-    """But for attention, of which torch counts both halves and causal attention needs one."""
-    neox.model.set_attn_implementation("eager")
-    input_ids = torch.randint(50, (5, 8))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        (neox.model if lm_head else neox.model.base_model)(input_ids=input_ids)
-    rotary = 5 * 2 * 8 * (16 // 2 // 4 // 2 or 1)  # inverse frequencies times positions, as a product
-    attention_half = 2.0 * 40 * 3 * 16 * 8
-    counted = benchmark.base_flops(neox.model.config, 3, 40, 8, lm_head=lm_head)
-    assert abs(counter.get_total_flops() - attention_half - counted) <= rotary
+def test_a_steps_operations_are_those_of_its_products(neox):
+    """By phase: the weights' products, attention over whole rows, three weight gradients and the head's input's."""
+    recipe = Recipe(init="random", batch_size=5, seq_len=8)
+    flops = benchmark.count_flops(Fitter(recipe, neox, torch.device("cpu")), TokenBatch(torch.randint(50, (5, 8))))
+    config, tokens = neox.model.config, 5 * 8
+    d, hidden = config.hidden_size, 64
+    block = 4 * d * d + 2 * d * config.intermediate_size + 2 * d * 8
+    rotary = tokens * 2 * (d // config.num_attention_heads)  # inverse frequencies times positions, as a product
+    assert abs(flops.pop("base") - 2 * tokens * 3 * block) <= rotary
+    small, large, stretches = d, hidden, 2
+    newton_schulz = 4 * stretches * small**2 * large + (8 * 5 - 6 * stretches) * small**3
+    assert flops == {
+        "statistics": 0,
+        "transcoders": 3 * 2 * tokens * (2 * 3 * d * hidden + d * hidden),
+        "optimizer": 3 * 3 * newton_schulz,
+    }
 
 
 @pytest.mark.slow

@@ -119,8 +119,8 @@ def test_curves_differ_without_their_colors() -> None:
 
 def test_lines_break_where_layers_are_missing() -> None:
     xs, ys = with_gaps({1: 0.1, 2: 0.2, 5: 0.5})
-    np.testing.assert_array_equal(xs, [1, 2, np.nan, 5])
-    np.testing.assert_array_equal(ys, [0.1, 0.2, np.nan, 0.5])
+    assert list(xs) == [1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(ys, [0.1, 0.2, np.nan, np.nan, 0.5])
 
 
 def nearest_apart(positions: list[float], gap: float) -> list[float]:

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilinear_tc.train.fitting.muon import COEFFICIENTS, Muon, flops, orthogonalize, restart_interval
+from bilinear_tc.train.fitting.muon import (
+    COEFFICIENTS,
+    Muon,
+    newton_schulz,
+    newton_schulz_dtype,
+    normalize,
+    restart_interval,
+)
 
 FLOAT32_ROUNDOFF = 2.0**-24
 CLASSIC = [(3.4445, -4.7750, 2.0315)] * 5
@@ -52,6 +59,22 @@ def exact(matrices: Tensor, schedule: list[tuple[float, float, float]]) -> Tenso
     for a, b, c in schedule:
         s = a * s + b * s**3 + c * s**5
     return u * s[..., None, :] @ v
+
+
+def orthogonalize(
+    matrices: Tensor, *, coefficients: str = "classic", dtype: torch.dtype | None = None, restart: int | None = None
+) -> Tensor:
+    """What the optimizer makes of updates [layers, rows, cols], in another type or stretches if they are given."""
+    unit = torch.empty_like(matrices, dtype=dtype or newton_schulz_dtype(matrices))
+    normalize(matrices, out=unit)
+    return newton_schulz(unit, coefficients, restart)
+
+
+def flops(rows: int, cols: int, *, restart: int) -> int:
+    """Operations on one matrix, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(1, rows, cols), restart=restart)
+    return counter.get_total_flops()
 
 
 def torch_orthogonalize(matrix: Tensor) -> Tensor:
@@ -187,14 +210,6 @@ def test_a_gradient_below_float16s_range_is_not_lost():
     x = 2e-7 * matrix("gaussian", 16, 64).float()[None]
     with TensorCores():
         assert relative_error(orthogonalize(x, dtype=torch.float16), exact(x, CLASSIC)) < 0.05
-
-
-@pytest.mark.parametrize("restart", [1, 2, 3, 5])
-@pytest.mark.parametrize("shape", [(24, 8), (8, 40), (8, 8)])
-def test_flops_is_what_a_counter_counts(shape, restart):
-    with FlopCounterMode(display=False) as counter:
-        orthogonalize(torch.randn(3, *shape), restart=restart)
-    assert counter.get_total_flops() == 3 * flops(*shape, restart=restart)
 
 
 @pytest.mark.parametrize("large", [8, 11, 12, 13, 16, 64])

@@ -375,9 +375,7 @@ class Run:
 
     def _forget(self) -> None:
         """What was read may have been overwritten."""
-        self._kept.clear()
-        for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
-            del vars(self)[name]
+        self.__dict__ = vars(Run(self.where, self.revision))
 
 
 def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, Any]) -> dict[str, Any]:

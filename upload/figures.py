@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -28,30 +27,7 @@ COMPARISON = "all_layers_comparison.png"
 CURVES_STEM = "training_curves_overlaid_layers"
 LAYERS_A_FIGURE = 6
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "grid.color": "#d9d9d9",
-    "grid.linewidth": 0.4,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.8,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "figure.dpi": 200,
-    "savefig.dpi": 200,
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 BILINEAR: dict[str, Any] = {"color": "#0b4f8a", "marker": "o", "linestyle": "-"}
 AFFINE: dict[str, Any] = {"color": "#c2570c", "marker": "s", "linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
 
@@ -77,7 +53,7 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
         The files written: `all_layers_comparison.png`, then `training_curves_overlaid_layers_{a}_{b}.png` for
         every six layers that have a training history (a fit of no steps has none).
     """
-    with written_whole(folder) as scratch, matplotlib.rc_context(STYLE):
+    with written_whole(folder) as scratch, matplotlib.rc_context(fname=STYLE):
         save(comparison(run.scores), scratch / COMPARISON)
         names = [COMPARISON]
         for six in sixes(run.layers):
@@ -140,26 +116,17 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, size in inches, bound to the renderer that writes files without a display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def comparison(scores: Evaluation) -> Figure:
     """FVU (log scale) and variance explained of every layer, beside the best affine map's if it is known."""
-    figure = new_figure(6.75, 2.7)
+    figure = Figure(figsize=(6.75, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     affine = scores.values("fvu_linear")
     draw_layers(left, scores.values("fvu"), affine)
-    left.set_yscale("log")
-    left.set_ylabel(f"{origin(scores)} FVU")
+    left.set(yscale="log", ylabel=f"{origin(scores)} FVU")
     log_ticks(left)
     explained = {layer: 100 * value for layer, value in scores.values("variance_explained").items()}
     draw_layers(right, explained, {layer: 100 * (1 - fvu) for layer, fvu in affine.items()})
-    right.set_ylabel(f"{origin(scores)}\nvariance explained (%)")
-    right.set_ylim(top=100)
+    right.set(ylabel=f"{origin(scores)}\nvariance explained (%)", ylim=(None, 100))
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=3.2)
     return figure
@@ -174,30 +141,22 @@ def draw_layers(axes: Axes, bilinear: dict[int, float], affine: dict[int, float]
     if len(bilinear) > 1:
         mean = float(np.mean(list(bilinear.values())))
         axes.axhline(mean, color="#404040", linewidth=0.8, linestyle=":", label="transcoders' mean", zorder=1)
-    axes.set_xlabel("Layer")
-    axes.set_xlim(min(bilinear) - 0.7, max(bilinear) + 0.7)
+    axes.set(xlabel="Layer", xlim=(min(bilinear) - 0.7, max(bilinear) + 0.7))
     if len(bilinear) <= 12:
         axes.set_xticks(list(bilinear))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, steps=[1, 2, 3, 4, 5, 10]))
 
 
-def with_gaps(values: dict[int, float]) -> tuple[list[float], list[float]]:
+def with_gaps(values: dict[int, float]) -> tuple[range, list[float]]:
     """Layers and values to plot, with a break in the line where layers between them were not fitted."""
-    xs: list[float] = []
-    ys: list[float] = []
-    for layer, value in sorted(values.items()):
-        if xs and layer != xs[-1] + 1:
-            xs.append(float("nan"))
-            ys.append(float("nan"))
-        xs.append(layer)
-        ys.append(value)
-    return xs, ys
+    layers = range(min(values), max(values) + 1)
+    return layers, [values.get(layer, float("nan")) for layer in layers]
 
 
 def training_curves(histories: dict[int, dict[str, np.ndarray]]) -> Figure:
     """FVU of the training batches by step (log scale), a curve a layer, each named with its last value."""
-    figure = new_figure(5.2, 3.1)
+    figure = Figure(figsize=(5.2, 3.1), layout="constrained")
     axes = figure.subplots()
     ends = {}
     window = 1
@@ -209,10 +168,8 @@ def training_curves(histories: dict[int, dict[str, np.ndarray]]) -> Figure:
         every = max(1, len(steps) // 7)
         axes.plot(steps, fvu, markevery=(index * every // LAYERS_A_FIGURE, every), **curve)
         ends[layer] = (float(steps[-1]), float(fvu[-1]), curve["color"])
-    axes.set_yscale("log")
-    axes.set_xlabel("Optimizer step")
     mean = f"\n(running mean over {window} steps)" if window > 1 else ""
-    axes.set_ylabel(f"Training-batch FVU{mean}")
+    axes.set(yscale="log", xlabel="Optimizer step", ylabel=f"Training-batch FVU{mean}")
     axes.margins(x=0.02)
     log_ticks(axes)
     label_ends(axes, ends)
@@ -245,6 +202,7 @@ def label_ends(axes: Axes, ends: dict[int, tuple[float, float, str]]) -> None:
     places = spread([heights[layer] for layer in order], gap=0.062)
     for layer, place in zip(order, places, strict=True):
         x, y, color = ends[layer]
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 3}
         axes.annotate(
             f"layer {layer}:  {y:#.3g}",
             xy=(x, y),
@@ -254,14 +212,7 @@ def label_ends(axes: Axes, ends: dict[int, tuple[float, float, str]]) -> None:
             color=color,
             va="center",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "linewidth": 0.5,
-                "relpos": (0, 0.5),
-                "shrinkA": 2,
-                "shrinkB": 3,
-            },
+            arrowprops=line,
         )
 
 

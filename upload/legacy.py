@@ -12,9 +12,9 @@ do they count tokens: a batch is taken for --batch_size × --seq_len of them, as
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
+from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.moments import Moments, check_finite
-from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.recipe import Recipe, option
 from bilinear_tc.train.run import EVALUATION, RECIPE, Run
-from bilinear_tc.train.text.batches import TokenBatches
+from bilinear_tc.train.text.batches import TokenBatch, TokenBatches
 from bilinear_tc.train.text.documents import Documents
 from bilinear_tc.upload.pt_checkpoint import CONFIG_FIELDS, Checkpoint, export_checkpoint, read_checkpoint
 
@@ -59,15 +61,15 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 class ImportSettings:
     """What the checkpoints themselves do not tell; not asked of an export, which tells all of it."""
 
-    base: str | None = None
-    base_revision: str | None = None
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    calibration_tokens: int = 262144
-    seq_len: int = 128
-    batch_size: int = 512
+    base: str | None = option(None, "The model that they were fitted for: a Hub id or a folder.")
+    base_revision: str | None = option(None, "Its branch, tag or commit.")
+    dataset: str | None = option(None, "Text to measure statistics on, the text that they were fitted on.")
+    dataset_config: str | None = option(None, "Its configuration name.")
+    split: str = option("train", "Its split.")
+    text_column: str = option("text", "The column that holds a document's text.")
+    calibration_tokens: int = option(262144, "How many tokens to measure on, padding included.")
+    seq_len: int = option(128, "Tokens a sequence, in the fit and for measuring.")
+    batch_size: int = option(512, "Sequences a batch, in the fit.")
 
     def __post_init__(self) -> None:
         for name in ("calibration_tokens", "seq_len", "batch_size"):
@@ -136,58 +138,41 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
         config.base_model, config.base_revision = settings.base, settings.base_revision
         config.mlp_path = base.mlp_path(checkpoint.layer)
     base.stop_after_last_layer()
-    moments = activation_moments(base, documents, settings)
-    inputs, outputs = (Moments.stack(list(of)) for of in zip(*moments.values(), strict=True))
+    inputs, outputs = activation_moments(base, documents, settings)
     check_finite(inputs, outputs, base.layers, "the calibration text")
-    for checkpoint in checkpoints:
-        x, y = moments[checkpoint.layer]
-        vectors = (x.mean, x.std, y.mean, y.std)
+    for index, checkpoint in enumerate(checkpoints):
+        vectors = (moments[index] for moments in (inputs.mean, inputs.std, outputs.mean, outputs.std))
         checkpoint.statistics = {name: v.float().cpu() for name, v in zip(STATISTICS, vectors, strict=True)}
-    return int(moments[layers[0]][0].count)
+    return int(inputs.count.max())
 
 
-def activation_moments(
-    base: Base, documents: Documents, settings: ImportSettings
-) -> dict[int, tuple[Moments, Moments]]:
-    """Moments of each layer's MLP inputs and outputs over `calibration_tokens`, or over all of a shorter text.
+def activation_moments(base: Base, documents: Documents, settings: ImportSettings) -> tuple[Moments, Moments]:
+    """Moments [layers, features] of the MLPs' inputs and outputs over `calibration_tokens`, or all of a shorter text.
 
     The fits took every position's row, the padding's too, from a base that was told which positions are padding.
     """
-    device = base.model.device
-    moments = {
-        layer: (Moments.zeros(base.n_inputs, device=device), Moments.zeros(base.n_outputs, device=device))
-        for layer in base.layers
-    }
-    batches = TokenBatches(
-        documents,
-        base.tokenizer,
-        seq_len=settings.seq_len,
-        batch_size=SEQUENCES_AT_ONCE,
-        pack=False,
-        workers=0,
-        epochs=1,
-    )
+    device, seq_len, batch_size = base.model.device, settings.seq_len, SEQUENCES_AT_ONCE
+    inputs, outputs = (Moments.zeros(len(base.layers), n, device=device) for n in (base.n_inputs, base.n_outputs))
+    activations = Activations(base, batch_size * seq_len, device=device, dtype=torch.float32)
+    one_pass: dict[str, Any] = {"pack": False, "workers": 0, "epochs": 1}
+    batches = TokenBatches(documents, base.tokenizer, seq_len=seq_len, batch_size=batch_size, **one_pass)
     with batches, tqdm(total=settings.calibration_tokens, desc="measuring statistics", unit="token") as bar:
         for batch in batches:
-            batch = batch.to(device)
-            with masked(base.model.base_model, batch.mask):
-                activations = base.activations(batch.input_ids)
-            for layer, both in activations.items():
-                x, y = (Moments.of(values.flatten(0, 1)) for values in both)
-                moments[layer] = (moments[layer][0].merge(x), moments[layer][1].merge(y))
+            with masked(base.model.base_model, batch.to(device).mask):
+                activations.fill(TokenBatch(batch.input_ids), batch_size)
+            x, y = activations.moments()
+            inputs, outputs = inputs.merge(x), outputs.merge(y)
             bar.update(batch.input_ids.numel())
             if bar.n >= settings.calibration_tokens:
                 break
-    return moments
+    return inputs, outputs
 
 
 def masked(decoder: torch.nn.Module, mask: torch.Tensor | None) -> RemovableHandle:
     """Lets no position of a decoder attend to padding, while the context lasts."""
-
-    def add_mask(_: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return inputs, {**named, "attention_mask": mask}
-
-    return decoder.register_forward_pre_hook(add_mask, with_kwargs=True)
+    return decoder.register_forward_pre_hook(
+        lambda _, inputs, named: (inputs, {**named, "attention_mask": mask}), with_kwargs=True
+    )
 
 
 def transcoder_of(checkpoint: Checkpoint) -> BilinearTC:
@@ -207,13 +192,9 @@ def known_settings(checkpoint: Checkpoint, settings: ImportSettings) -> dict[str
     """What is known of the fit of a checkpoint that brings no settings: the training code that wrote that layout
     starts from noise, cuts documents to one sequence each and z-scores by each batch's own statistics."""
     match = re.search(r"_(muon|normuon|adamw)_\d+b\.pt$", checkpoint.path.name)
+    not_told = ("base", "base_revision", "calibration_tokens")
     known = {
-        "dataset": settings.dataset,
-        "dataset_config": settings.dataset_config,
-        "split": settings.split,
-        "text_column": settings.text_column,
-        "seq_len": settings.seq_len,
-        "batch_size": settings.batch_size,
+        **{name: value for name, value in vars(settings).items() if name not in not_told},
         "max_steps": checkpoint.steps,
         "init": "random",
         "optimizer": match[1] if match else None,
@@ -271,40 +252,25 @@ def export_run(run: Run, folder: Path | None) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Turns checkpoints in the earlier .pt layout into a run, and back.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="checkpoints → run", allow_abbrev=False)
+    parser = ArgumentParser(description="Turns checkpoints in the earlier .pt layout into a run, and back.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    options: dict[str, Any] = {"allow_abbrev": False, "dataclass_types": ImportSettings}
+    importing = commands.add_parser("import", help="checkpoints → run", **options)
     importing.add_argument("folder", type=Path, metavar="FOLDER", help="holds layer_0/*.pt and so on")
-    importing.add_argument("--output_dir", type=Path, required=True, metavar="RUN", help="the run's folder")
-    help_texts = {
-        "base": "the model that they were fitted for: a Hub id or a folder",
-        "base_revision": "its branch, tag or commit",
-        "dataset": "text to measure statistics on, the text that they were fitted on",
-        "dataset_config": "its configuration name",
-        "split": "its split",
-        "text_column": "the column that holds a document's text",
-        "calibration_tokens": "how many tokens to measure on, padding included",
-        "seq_len": "tokens a sequence, in the fit and for measuring",
-        "batch_size": "sequences a batch, in the fit",
-    }
-    for field in fields(ImportSettings):
-        kind = int if isinstance(field.default, int) else str
-        default = "" if field.default is None else f" (default: {field.default})"
-        importing.add_argument(
-            f"--{field.name}", type=kind, default=field.default, help=help_texts[field.name] + default
-        )
+    importing.add_argument(
+        "--output_dir", type=Path, required=True, default=SUPPRESS, metavar="RUN", help="the run's folder"
+    )
     exporting = commands.add_parser("export", help="run → checkpoints", allow_abbrev=False)
     exporting.add_argument("run", type=Path, metavar="RUN")
     exporting.add_argument(
         "--output_dir", type=Path, metavar="FOLDER", help="their folder (default: beside the run's own files)"
     )
     arguments = vars(parser.parse_args())
-    if arguments.pop("command") == "export":
-        for path in export_run(Run.in_folder(arguments["run"]), arguments["output_dir"]):
-            print(path)
-        return
-    folder, run = arguments.pop("folder"), arguments.pop("output_dir")
-    print(import_checkpoints(folder, run, ImportSettings(**arguments)))
+    target = arguments.pop("output_dir")
+    if arguments.pop("command") == "import":
+        print(import_checkpoints(arguments.pop("folder"), target, ImportSettings(**arguments)))
+    else:
+        print(*export_run(Run.in_folder(arguments["run"]), target), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
@@ -24,18 +25,9 @@ from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.documents import PYTHON_STDLIB
+from bilinear_tc.upload import tables
 from bilinear_tc.upload.figures import FIGURES, described_figures
 from bilinear_tc.upload.findings import findings
-from bilinear_tc.upload.tables import (
-    LIKE,
-    architecture_table,
-    format_fvu,
-    format_percent,
-    full_table,
-    layer_ranges,
-    summary_table,
-    training_table,
-)
 
 HUB = "https://huggingface.co"
 LICENSE = "mit"
@@ -112,8 +104,8 @@ def relative_links(card: str) -> list[str]:
 
 def card_data(context: dict[str, Any], scores: Evaluation) -> ModelCardData:
     """The card's metadata, as the Hub reads it."""
-    base, text = context["base"], context["text"]
-    mean = f"mean over layers {context['layer_ranges']}" if len(context["layers"]) > 1 else "one layer"
+    base, text, layers = context["base"], context["text"], context["layers"]
+    mean = f"mean over layers {tables.layer_ranges(layers)}" if len(layers) > 1 else "one layer"
     source = {
         "task_type": "other",
         "task_name": "Approximating MLP outputs",
@@ -146,7 +138,7 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
     scores, layers = run.scores, run.layers
     example = 3 if 3 in layers else layers[0]
     config = run.config(example)
-    settings = run.recipe_settings | run.settings(example)
+    settings = defaultdict(lambda: None, run.recipe_settings | run.settings(example))  # None: not recorded
     base = describe_base(config, settings)
     fitted_on = describe_text(settings.get("dataset"))
     longest = max(len(run.history(layer)["step"]) for layer in layers)
@@ -160,7 +152,6 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "author": latex(author or (repo_id.split("/")[0] if repo_id and "/" in repo_id else "")),
         "year": datetime.now(timezone.utc).year,
         "layers": layers,
-        "layer_ranges": layer_ranges(layers),
         "example": example,
         "base": base,
         "config": config,
@@ -168,19 +159,14 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "text": describe_text(scores.dataset),
         "scores": scores,
         "settled_steps": min(files.SETTLED_STEPS, longest),
-        "like": f"{LIKE:g}",
-        "architecture": architecture_table(config, layers),
-        "summary": summary_table(scores),
-        "full": full_table(scores),
-        "training": training_table(settings, fitted_on["link"]),
+        "settings": settings,
+        "fit": defaultdict(lambda: None, settings.get("fit") or {}),
+        "tables": tables,
         "figures": figures,
-        "tree": "\n".join(repository_tree(repository, layers)),
-        "imported": settings.get("imported"),
+        "tree": "\n".join([".", *repository_tree(repository, layers)]),
         "has_history": longest > 0,
         "checkpoint": next((path.name for path in sorted((repository / f"layer_{example}").glob("*.pt"))), None),
         "findings": findings(scores),
-        "format_fvu": format_fvu,
-        "format_percent": format_percent,
         "statistics": STATISTICS,
         "files": files,
         "figures_folder": FIGURES,
@@ -195,17 +181,10 @@ def describe_base(config: BilinearTCConfig, settings: dict[str, Any]) -> dict[st
     """
     name = config.base_model or settings.get("base") or "an unnamed base"
     on_hub = is_hub_id(name) and base_location(name) == name and not Path(name).exists()
-    short = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    without_size = re.split(r"-\d", short, maxsplit=1)[0].lower()
+    described = describe(name, f"{HUB}/{name}" if on_hub else None, "a local model")
+    without_size = re.split(r"-\d", described["short"], maxsplit=1)[0].lower()
     architecture = (config.mlp_path or "transformer").split(".")[0]
-    return {
-        "name": name,
-        "revision": config.base_revision,
-        "short": short,
-        "url": f"{HUB}/{name}" if on_hub else None,
-        "link": f"[{name}]({HUB}/{name})" if on_hub else f"`{short}` (a local model)",
-        "family": without_size if on_hub else architecture,
-    }
+    return described | {"revision": config.base_revision, "family": without_size if on_hub else architecture}
 
 
 def describe_text(dataset: str | None) -> dict[str, Any]:
@@ -215,16 +194,16 @@ def describe_text(dataset: str | None) -> dict[str, Any]:
     if dataset == PYTHON_STDLIB:
         return {"name": PYTHON_STDLIB_NAME, "link": PYTHON_STDLIB_NAME, "url": None, "slug": dataset}
     is_file = re.search(r"\.(txt|jsonl?|zst|gz|parquet|py|csv)$|[*,]", dataset)
-    if is_hub_id(dataset) and not is_file and not Path(dataset).exists():
-        url = f"{HUB}/datasets/{dataset}"
-        return {"name": dataset, "link": f"[{dataset}]({url})", "url": url, "slug": dataset}
-    short = re.split(r"[/\\]", dataset.rstrip("/\\"))[-1]
-    return {
-        "name": short,
-        "link": f"`{short}` (local files)",
-        "url": None,
-        "slug": re.sub(r"[^\w.-]+", "-", short).strip("-.") or "local",
-    }
+    on_hub = is_hub_id(dataset) and not is_file and not Path(dataset).exists()
+    described = describe(dataset, f"{HUB}/datasets/{dataset}" if on_hub else None, "local files")
+    slug = re.sub(r"[^\w.-]+", "-", described["short"]).strip("-.") or "local"
+    return described | ({"slug": dataset} if on_hub else {"name": described["short"], "slug": slug})
+
+
+def describe(name: str, url: str | None, local: str) -> dict[str, Any]:
+    """What has a page on the Hub by its id and a link to it, anything else by its own name alone."""
+    short = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return {"name": name, "short": short, "url": url, "link": f"[{name}]({url})" if url else f"`{short}` ({local})"}
 
 
 def is_hub_id(name: str) -> bool:
@@ -237,35 +216,39 @@ def is_hub_id(name: str) -> bool:
 
 def repository_tree(repository: Path, layers: Sequence[int]) -> Iterator[str]:
     """The lines of the folder's files as a tree: the first layer's in full, the other layers in one line."""
-    first = f"layer_{layers[0]}"
-    yield "."
-    for name in sorted({path.name for path in shown(repository) if path.is_file()} | {REPOCARD_NAME}):
-        yield tree_line("├── ", name)
-    folders = [name for name in (FIGURES, first) if (repository / name).is_dir()]
-    for folder in folders:
-        last = folder == folders[-1] and len(layers) == 1
-        yield f"{'└' if last else '├'}── {folder}/"
-        members = sorted((path.name for path in shown(repository / folder)), key=by_number)
-        stem = "    " if last else "│   "
-        yield from (tree_line(f"{stem}{'└' if name == members[-1] else '├'}── ", name) for name in members)
+
+    def notes(names: Iterable[str]) -> dict[str, str]:
+        others = ("the same weights for readers of the earlier set" if name.endswith(".pt") else "" for name in names)
+        return {name: FILE_NOTES.get(name, other) for name, other in zip(names, others, strict=True)}
+
+    def files(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")}
+
+    entries: dict[str, Any] = notes(sorted(files(repository) | {REPOCARD_NAME}))
+    for folder in (FIGURES, f"layer_{layers[0]}"):
+        if (repository / folder).is_dir():
+            entries[f"{folder}/"] = notes(sorted(files(repository / folder), key=by_number))
     if len(layers) > 1:
-        others = f"layer_{layers[1]}/" + (f" … layer_{layers[-1]}/" if len(layers) > 2 else "")
-        yield f"└── {others}".ljust(NOTES_AT) + "the same, a folder a layer"
+        last = f" … layer_{layers[-1]}/" if len(layers) > 2 else ""
+        entries[f"layer_{layers[1]}/{last}"] = "the same, a folder a layer"
+    return branches(entries)
 
 
-def shown(folder: Path) -> list[Path]:
-    """What a folder holds, without what is half written."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+def branches(entries: dict[str, Any], stem: str = "") -> Iterator[str]:
+    """The lines of a tree, by name the note on a file or the entries of a folder."""
+    for name, content in entries.items():
+        last = name == [*entries][-1]
+        line = f"{stem}{'└' if last else '├'}── {name}"
+        if isinstance(content, dict):
+            yield line
+            yield from branches(content, stem + ("    " if last else "│   "))
+        else:
+            yield line.ljust(NOTES_AT if content else 0) + content
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
     """Sorts file names as a reader counts: `_6_11` before `_12_17`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def tree_line(stem: str, name: str) -> str:
-    note = FILE_NOTES.get(name, "the same weights for readers of the earlier set" if name.endswith(".pt") else "")
-    return f"{stem}{name}".ljust(NOTES_AT if note else 0) + note
 
 
 def latex(text: str) -> str:

@@ -19,12 +19,9 @@ for anything else is refused, and nothing in it is ever run.
 
 from __future__ import annotations
 
-import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,17 +36,8 @@ from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.run import WEIGHTS, Run
 
-CONFIG_FIELDS = (
-    "n_inputs",
-    "n_hidden",
-    "n_outputs",
-    "bias",
-    "form",
-    "base_model",
-    "base_revision",
-    "layer_index",
-    "mlp_path",
-)
+WIDTHS = ("n_inputs", "n_hidden", "n_outputs")
+CONFIG_FIELDS = (*WIDTHS, "bias", "form", "base_model", "base_revision", "layer_index", "mlp_path")
 HISTORIES = {"mse": "mse_losses", "variance_explained": "variance_explained", "fvu": "fvu_values"}
 
 
@@ -94,19 +82,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config.layer_index = read_layer(content, path)
     said = content.get("config", {})
     said = said if isinstance(said, dict) else getattr(said, "__dict__", {})
-    for name in ("n_inputs", "n_hidden", "n_outputs"):
+    for name in WIDTHS:
         if said.get(name, getattr(config, name)) != getattr(config, name):
             raise UserError(f"{path}: its config says {name} {said[name]}, its weights say {getattr(config, name)}")
     for name in ("base_model", "base_revision", "mlp_path"):
         setattr(config, name, said.get(name))
-    return Checkpoint(
-        path=path,
-        config=config,
-        weights=weights,
-        statistics=read_statistics(content, config, path),
-        history=read_columns(content, path),
-        settings=content.get("settings"),
-    )
+    statistics, history = read_statistics(content, config, path), read_columns(content, path)
+    return Checkpoint(path, config, weights, statistics, history, content.get("settings"))
 
 
 def load_inert(path: Path) -> Any:
@@ -114,78 +96,43 @@ def load_inert(path: Path) -> Any:
 
     UserError if the file is not a torch checkpoint, or its pickle asks for anything but tensors and that class.
     """
-    named, config_class = pickled_globals(path)
-    try:
-        with allowed_alone(stand_in(config_class) if config_class and not is_plain(config_class) else None):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a crafted pickle can make the unpickler fail in any way
-        foreign = sorted(name for name in named - {config_class} if not is_plain(name))
-        asks = f"asks for {', '.join(foreign)}" if foreign else f"cannot be read ({one_line(error)})"
-        raise UserError(
-            f"{path} {asks}: expected tensors, plain values and one config object; it is refused, and nothing in it "
-            "was run"
-        ) from error
-
-
-def is_plain(name: str) -> bool:
-    """Whether a pickle may name this to say what a tensor or a dict is."""
-    return name.startswith(("torch.", "collections."))
-
-
-def pickled_globals(path: Path) -> tuple[set[str], str | None]:
-    """Every class or function that a checkpoint's pickle names, and the one among them that its `config` is made of.
-
-    The pickle is disassembled, not loaded. The config's class is what is named right after the key "config".
-    """
     try:
         with zipfile.ZipFile(path) as archive:
-            if part := archive.testzip():  # its checksum is not that of its content
-                raise UserError(f"{path} is damaged: {part} is not what was written")
-            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-            operations = [
-                (op.name, argument)
-                for op, argument, _ in pickletools.genops(archive.read(name))
-                if op.name not in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
-            ]
-    except UserError:
-        raise
+            damaged = archive.testzip()  # a checksum is not that of its content
     except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path} cannot be read as a torch checkpoint (a zip archive): {reason}") from error
-    except ValueError as error:  # no data.pkl in it, or no pickle
-        raise UserError(f"{path} holds no readable pickle: expected a checkpoint written by torch.save") from error
-    named: set[str] = set()
-    config_class = previous = None
-    for operation, argument in operations:
-        if operation == "GLOBAL":
-            class_name = str(argument).replace(" ", ".")
-            named.add(class_name)
-            if previous == "config":
-                config_class = class_name
-        previous = argument
-    return named, config_class
+        raise UserError(f"{path} cannot be read as a torch checkpoint (a zip archive): {one_line(error)}") from error
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} is not what was written")
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()  # what other libraries allow is not allowed here
+    asked = None
+    try:
+        asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        classes: list[Any] = [stand_in(name) for name in asked[:1]]
+        with torch.serialization.safe_globals(classes):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = content.get("config") if isinstance(content, dict) else None
+        if classes and not isinstance(config, classes[0]):
+            raise UserError
+        return content
+    except Exception as error:  # a crafted pickle can make the unpickler fail in any way
+        if asked is None:
+            raise UserError(f"{path} holds no readable pickle: expected a checkpoint written by torch.save") from error
+        foreign = len(asked) > 1 or isinstance(error, UserError)
+        reason = f"asks for {', '.join(asked)}" if foreign else f"cannot be read ({one_line(error)})"
+        raise UserError(
+            f"{path} {reason}: expected tensors, plain values and one config object; it is refused, and nothing in it "
+            "was run"
+        ) from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def stand_in(name: str) -> type:
     """A class of that name without behavior: made without arguments, it takes attributes and keeps them."""
     module, _, qualified = name.rpartition(".")
     return type(qualified, (), {"__module__": module, "__qualname__": qualified})
-
-
-@contextmanager
-def allowed_alone(cls: type | None) -> Iterator[None]:
-    """Lets the restricted unpickler make objects of this class, and of no class that other libraries have allowed.
-
-    By a way that torch 2.4 has too.
-    """
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([cls] if cls else [])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def read_weights(state: Any, path: Path) -> tuple[dict[str, Tensor], BilinearTCConfig]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import groupby
 from statistics import fmean
-from typing import Any
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.train.measuring.evaluation import Evaluation
@@ -50,28 +49,20 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 def consecutive(layers: Sequence[int]) -> list[list[int]]:
     """Ascending layers cut where one is missing: [0, 1, 2, 5] → [[0, 1, 2], [5]]."""
-    runs = [[layers[0]]]
-    for before, layer in pairwise(layers):
-        if layer == before + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
+    runs = groupby(enumerate(layers), lambda place: place[1] - place[0])
+    return [[layer for _, layer in run] for _, run in runs]
 
 
 def like_layers(fvu: dict[int, float]) -> list[list[int]]:
     """The fewest groups of consecutive layers in which the highest FVU is at most `LIKE` times the lowest."""
     groups = []
     for run in consecutive(list(fvu)):
-        group = [run[0]]
+        groups.append([run[0]])
         for layer in run[1:]:
-            values = [fvu[member] for member in (*group, layer)]
-            if max(values) <= LIKE * min(values):
-                group.append(layer)
-            else:
-                groups.append(group)
-                group = [layer]
-        groups.append(group)
+            values = [fvu[member] for member in (*groups[-1], layer)]
+            if max(values) > LIKE * min(values):
+                groups.append([])
+            groups[-1].append(layer)
     return groups
 
 
@@ -125,109 +116,17 @@ def full_table(scores: Evaluation) -> list[list[str]]:
     return rows
 
 
-def architecture_table(config: BilinearTCConfig, layers: Sequence[int]) -> list[list[str]]:
-    """What all layers have in common, and which MLP one of them stands in for."""
+def described_maps(config: BilinearTCConfig) -> str:
+    """The widths of the linear maps, and which have biases."""
     alike: dict[tuple[int, int], list[str]] = {}
     for name, (inputs, outputs, _) in config.maps.items():
         alike.setdefault((inputs, outputs), []).append(f"`{name}`")
     maps = [f"{', '.join(names)}: {inputs} → {outputs}" for (inputs, outputs), names in alike.items()]
     biased = [f"`{name}`" for name, (_, _, bias) in config.maps.items() if bias]
-    if biased:
-        maps.append("each with a bias" if len(biased) == len(config.maps) else f"a bias in {', '.join(biased)} alone")
-    else:
-        maps.append("no biases")
-    parameters = sum(outputs * (inputs + bias) for inputs, outputs, bias in config.maps.values())
-    others = ", likewise in the others" if len(layers) > 1 else ""
-    return [
-        ["Part", "Value"],
-        ["Input width", str(config.n_inputs)],
-        ["Hidden width", str(config.n_hidden)],
-        ["Output width", str(config.n_outputs)],
-        ["Maps", "; ".join(maps)],
-        ["Form", f"`{config.form}`"],
-        ["Parameters a layer", f"{parameters:,}"],
-        *([["Stands in for", f"`{config.mlp_path}` in layer {config.layer_index}{others}"]] if config.mlp_path else []),
-    ]
+    some = f"a bias in {', '.join(biased)} alone" if biased else "no biases"
+    maps.append("each with a bias" if len(biased) == len(config.maps) else some)
+    return "; ".join(maps)
 
 
-def training_table(settings: dict[str, Any], text_link: str) -> list[list[str]]:
-    """What is known of the fit; what was not recorded is left out.
-
-    Args:
-        settings: the recipe's and those of a layer's config.yaml.
-        text_link: how the card names the text that was fitted on.
-    """
-    fit = settings.get("fit") or {}
-    steps = fit.get("steps", settings.get("max_steps"))
-    starts = {
-        "mlp": "closed form from the base's own MLP, the head solved by least squares",
-        "random": "random (PyTorch's default for linear maps)",
-    }
-    normalizations = {
-        "batch": "inputs and outputs z-scored, per feature, by each batch's own mean and standard deviation",
-        "running": "inputs and outputs z-scored, per feature, by the statistics of all rows seen so far",
-    }
-    seconds = fit.get("seconds")
-    rows = {
-        "Text": text_cell(settings, text_link),
-        "Optimizer steps": f"{steps:,}" if steps is not None else None,
-        "Batch": batch_cell(settings) if steps else None,
-        "Tokens": f"{fit['tokens']:,}" if steps and fit.get("tokens") else None,
-        "Optimizer": optimizer_cell(settings) if steps else None,
-        "Loss": "mean squared error on z-scored outputs" if steps else None,
-        "Start": starts.get(settings.get("init", "")),
-        "Normalization": normalizations.get(settings.get("normalization", "")),
-        "Seed": str(settings["seed"]) if settings.get("seed") is not None else None,
-        "Device": device_cell(fit),
-        "Wall time": f"{format_duration(seconds)} for all layers together, as measured" if seconds else None,
-        "Software": ", ".join(f"{name} {fit[name]}" for name in ("torch", "transformers") if fit.get(name)),
-    }
-    return [["Setting", "Value"], *([label, cell] for label, cell in rows.items() if cell)]
-
-
-def text_cell(settings: dict[str, Any], link: str) -> str:
-    parts = [link]
-    parts += [f"configuration `{settings['dataset_config']}`"] if settings.get("dataset_config") else []
-    parts += [f"split `{settings['split']}`"] if settings.get("split") else []
-    packing = {
-        True: "packed without padding",
-        False: "each document cut to one sequence, padding left out of the loss and of every statistic",
-    }
-    if settings.get("imported") and settings.get("pack") is False:
-        parts.append("each document cut to one sequence, its padding counted like text")
-    elif isinstance(settings.get("pack"), bool):
-        parts.append(packing[settings["pack"]])
-    return ", ".join(parts)
-
-
-def batch_cell(settings: dict[str, Any]) -> str | None:
-    sequences, length = settings.get("batch_size"), settings.get("seq_len")
-    if not sequences or not length:
-        return None
-    return f"{sequences:,} sequences of {length:,} tokens ({sequences * length:,} rows)"
-
-
-def optimizer_cell(settings: dict[str, Any]) -> str | None:
-    names = {
-        "muon": "Muon on the matrices, AdamW on the biases",
-        "normuon": "NorMuon on the matrices, AdamW on the biases",
-        "adamw": "AdamW",
-    }
-    if settings.get("optimizer") not in names:
-        return None
-    labels = {
-        "lr": "learning rate",
-        "bias_lr": "of the biases",
-        "lr_schedule": "schedule",
-        "momentum": "momentum",
-        "weight_decay": "weight decay",
-    }
-    parts = [f"{label} {settings[key]}" for key, label in labels.items() if settings.get(key) is not None]
-    return "; ".join(filter(None, [names[settings["optimizer"]], ", ".join(parts)]))
-
-
-def device_cell(fit: dict[str, Any]) -> str | None:
-    if not fit.get("device"):
-        return None
-    processes = f"{fit['processes']} × " if fit.get("processes", 1) > 1 else ""
-    return f"{processes}{fit['device']}" + (f", computing in {fit['dtype']}" if fit.get("dtype") else "")
+def count_parameters(config: BilinearTCConfig) -> int:
+    return sum(outputs * (inputs + bias) for inputs, outputs, bias in config.maps.values())

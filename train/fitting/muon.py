@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -63,7 +64,10 @@ _LEAST_NORM = 1e-7  # a Frobenius norm below it is taken as it, so that zero sta
 # Going back after two of five costs the same and does no better. With the Polar Express, whose first step has a² = 67,
 # three steps in bfloat16 diverge on some spectra, so bfloat16 keeps the plain form.
 _GRAM_STEPS = 3
-# Below this ratio of the sides the products that the Gram form adds cost more than those it saves (`flops`).
+# Below this ratio of the sides the products that the Gram form adds cost more than those it saves. With n and m the
+# small and the large side, the s stretches between two uses of X take 4n²m each (G, and the polynomial times X), and in
+# n³: 2 a step (G²), 2 a step but each stretch's first (the product of polynomials) and 4 a step but each stretch's last
+# (the next G), in all 4s·n²m + (8·steps − 6s)·n³ operations, two a multiply-add.
 _GRAM_ASPECT = 1.5
 
 
@@ -84,40 +88,7 @@ def restart_interval(rows: int, cols: int, dtype: torch.dtype) -> int:
     return _GRAM_STEPS if oblong and dtype != torch.bfloat16 else 1
 
 
-def flops(rows: int, cols: int, *, restart: int = 1) -> int:
-    """Floating-point operations (two a multiply-add) to orthogonalize one [rows, cols] matrix.
-
-    With n and m the small and the large side and s = ⌈steps / restart⌉ stretches: 4n²m a stretch (G, and the
-    polynomial times X), and in n³: 2 a step (G²), 2 a step but each stretch's first (the product of polynomials) and
-    4 a step but each stretch's last (the next G), in all 4s·n²m + (8·steps − 6s)·n³.
-    """
-    small, large = min(rows, cols), max(rows, cols)
-    stretches = math.ceil(_STEPS / restart)
-    return 4 * stretches * small**2 * large + (8 * _STEPS - 6 * stretches) * small**3
-
-
-def orthogonalize(
-    matrices: Tensor, *, coefficients: str = "classic", dtype: torch.dtype | None = None, restart: int | None = None
-) -> Tensor:
-    """Each matrix with its singular values brought near 1, its singular vectors kept: U·S·Vᵀ → U·p(…p(S/‖S‖))·Vᵀ.
-
-    Args:
-        matrices: [layers, rows, cols]; not changed.
-        coefficients: a name in `COEFFICIENTS`.
-        dtype: of the products and the result; None is `newton_schulz_dtype(matrices)`.
-        restart: steps between two uses of the full matrix, 1 for the plain form; None is `restart_interval`.
-
-    Returns:
-        [layers, rows, cols] in the type computed in.
-    """
-    dtype = dtype or newton_schulz_dtype(matrices)
-    unit = torch.empty_like(matrices, dtype=dtype)
-    _normalize(matrices, out=unit)
-    rows, cols = matrices.shape[1:]
-    return _newton_schulz(unit, COEFFICIENTS[coefficients], restart or restart_interval(rows, cols, dtype))
-
-
-def _normalize(matrices: Tensor, *, out: Tensor) -> None:
+def normalize(matrices: Tensor, *, out: Tensor) -> None:
     """Writes each of [layers, rows, cols] over its Frobenius norm to `out`, in `out`'s type.
 
     The norm bounds the largest singular value. It is taken before the type is narrowed: a gradient's own scale may
@@ -127,14 +98,21 @@ def _normalize(matrices: Tensor, *, out: Tensor) -> None:
     torch.div(matrices, norm, out=out)
 
 
-def _newton_schulz(x: Tensor, schedule: list[Polynomial], restart: int) -> Tensor:
-    """The schedule's steps on x [layers, rows, cols], in stretches of `restart` on the small side's Gram matrix."""
-    tall = x.shape[1] > x.shape[2]
+def newton_schulz(x: Tensor, coefficients: str, restart: int | None = None) -> Tensor:
+    """Each matrix with its singular values brought near 1, its singular vectors kept: U·S·Vᵀ → U·p(…p(S))·Vᵀ.
+
+    Args:
+        x: [layers, rows, cols], as `normalize` gives them; not changed.
+        coefficients: a name in `COEFFICIENTS`.
+        restart: steps between two uses of the full matrix, 1 for the plain form; None is `restart_interval`.
+    """
+    rows, cols = x.shape[1:]
+    schedule, restart = COEFFICIENTS[coefficients], restart or restart_interval(rows, cols, x.dtype)
     for start in range(0, len(schedule), restart):
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        gram = torch.bmm(x.mT, x) if rows > cols else torch.bmm(x, x.mT)
         scale, matrix = _gram_polynomial(gram, schedule[start : start + restart])
         # A tall x is multiplied from the right, so the result has the parameter's own layout without a transposition.
-        left, right = (x, matrix) if tall else (matrix, x)
+        left, right = (x, matrix) if rows > cols else (matrix, x)
         x = torch.baddbmm(x, left, right, beta=scale)
     return x
 
@@ -162,7 +140,7 @@ class Muon(torch.optim.Optimizer):
     """Muon on stacks of matrices, with `torch.optim.Muon`'s arithmetic for each matrix.
 
         B ← momentum·B + (1 − momentum)·grad;   U = (1 − momentum)·grad + momentum·B   (Nesterov)
-        W ← (1 − lr·weight_decay)·W − lr·√max(1, rows / cols)·orthogonalize(U)
+        W ← (1 − lr·weight_decay)·W − lr·√max(1, rows / cols)·newton_schulz(U / ‖U‖)
 
     All parameters of one shape go through one batched Newton–Schulz. If `torch.distributed` is initialized, every
     process must hold the same parameters and gradients (already reduced); each then orthogonalizes its share of the
@@ -195,8 +173,8 @@ class Muon(torch.optim.Optimizer):
                 f"{', '.join(VARIANTS)}, not {coefficients!r} and {variant!r}."
             )
         options = {"weight_decay": weight_decay, "momentum": momentum, "coefficients": coefficients, "variant": variant}
-        super().__init__(params, {"lr": lr, **options})
-        for param in (param for group in self.param_groups for param in group["params"]):
+        super().__init__(params, {"lr": lr} | options)
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
             if param.ndim != 3 or not param.is_floating_point():
                 raise ValueError(
                     f"Muon takes real tensors [layers, rows, cols], not {list(param.shape)} of {param.dtype}; give "
@@ -231,42 +209,40 @@ class Muon(torch.optim.Optimizer):
         share = math.ceil(matrices / processes)
         first, last = min(rank * share, matrices), min((rank + 1) * share, matrices)
 
-        dtype = newton_schulz_dtype(params[0])
-        rows, cols = params[0].shape[1:]
-        unit = params[0].new_empty((last - first, rows, cols), dtype=dtype)
-        self._momentum(group["momentum"], params, first, last, out=unit)
-        own = _newton_schulz(unit, COEFFICIENTS[group["coefficients"]], restart_interval(rows, cols, dtype))
+        unit = params[0].new_empty((last - first, *params[0].shape[1:]), dtype=newton_schulz_dtype(params[0]))
+        self._momentum(group["momentum"], params, first, out=unit)
+        own = newton_schulz(unit, group["coefficients"])
         if processes == 1:
             return own, None
         # A collective takes equal counts: the last shares are filled up, and the surplus is cut off the end.
-        own = torch.cat([own, own.new_zeros(share - len(own), rows, cols)]) if len(own) < share else own
-        everyone = own.new_empty(processes * share, rows, cols)
+        own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
+        everyone = own.new_empty(processes * share, *own.shape[1:])
         gathering = dist.all_gather_into_tensor(everyone, own, async_op=True)
         return everyone[:matrices], gathering
 
-    def _momentum(self, momentum: float, params: list[Tensor], first: int, last: int, *, out: Tensor) -> None:
-        """Advances every param's momentum; writes matrices first to last of the normalized updates to `out`."""
-        offset = 0
+    def _momentum(self, momentum: float, params: list[Tensor], first: int, *, out: Tensor) -> None:
+        """Advances every param's momentum; writes the normalized updates of the matrices from `first` on to `out`."""
+        position = -first  # of a param's first matrix in `out`
         for param in params:
             gradient = param.grad
             assert gradient is not None
-            state = self.state[param]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(param)
-            buffer = state["momentum"].lerp_(gradient, 1 - momentum)
-            start, stop = max(first - offset, 0), min(last - offset, len(gradient))
+            buffer = self._state(param, "momentum", param).lerp_(gradient, 1 - momentum)
+            start, stop = max(position, 0), min(position + len(param), len(out))
             if start < stop:
-                update = gradient[start:stop].lerp(buffer[start:stop], momentum)
-                position = offset + start - first
-                _normalize(update, out=out[position : position + stop - start])
-            offset += len(gradient)
+                own = slice(start - position, stop - position)
+                normalize(gradient[own].lerp(buffer[own], momentum), out=out[start:stop])
+            position += len(param)
+
+    def _state(self, param: Tensor, name: str, like: Tensor) -> Tensor:
+        """A param's state of that name, zeros at first."""
+        state = self.state[param]
+        if name not in state:
+            state[name] = torch.zeros_like(like)
+        return state[name]
 
     def _apply(self, group: dict[str, Any], param: Tensor, update: Tensor) -> None:
         if group["variant"] == "normuon":
-            state = self.state[param]
-            if "row_mean_square" not in state:
-                state["row_mean_square"] = torch.zeros_like(param[..., :1])
-            update, adjust = _normuon(update, state["row_mean_square"]), 1.0
+            update, adjust = _normuon(update, self._state(param, "row_mean_square", param[..., :1])), 1.0
         else:
             rows, cols = param.shape[1:]
             adjust = math.sqrt(max(1, rows / cols))

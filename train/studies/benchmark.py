@@ -13,29 +13,39 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base, base_location
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, make_transcoders
-from bilinear_tc.train.fitting.muon import flops as muon_flops
-from bilinear_tc.train.fitting.muon import newton_schulz_dtype, restart_interval
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import SharedBatches, open_batches
 
-PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
+PHASES = {
+    "data": "data",
+    "base": "base",
+    "statistics": "statistics",
+    "transcoders": "transcoders",
+    "optimizer": "Muon, AdamW",
+}
+# Attention's products on the CPU, which torch counts for GPUs alone.
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **_options: sdpa_flop_count(q, k, v)
+}
 
 
 @dataclass
@@ -53,80 +63,48 @@ class BenchmarkSettings:
     micro_batch_size: int | None = option(None, "As in the recipe.")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    synchronize(device)
+@contextmanager
+def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
+    """Appends the seconds that the block takes, the device's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    wait(device)
     started = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - started
+    yield
+    wait(device)
+    seconds.append(time.perf_counter() - started)
 
 
-class PhaseTimer:
-    """Seconds of each phase of each step."""
+def median_seconds(calls: Iterable[Callable[[], object]], device: torch.device, *, untimed: int) -> float:
+    """Median of the seconds that calls take, but for the first ones."""
+    seconds: list[float] = []
+    for call in calls:
+        with timed(seconds, device):
+            call()
+    return median(seconds[untimed:])
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, list[float]] = defaultdict(list)
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        synchronize(self.device)
-        started = time.perf_counter()
+@contextmanager
+def counted(flops: dict[str, float], phase: str) -> Iterator[None]:
+    """Notes the block's floating-point operations: a multiply-add is two, and attention's masked half counts too."""
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
+    with torch.compiler.set_stance("force_eager"), counter:
         yield
-        synchronize(self.device)
-        self.seconds[phase].append(time.perf_counter() - started)
+    flops[phase] = counter.get_total_flops()
 
 
-@dataclass
-class FlopCount:
-    """Floating-point operations of one step, a multiply-add counted as two."""
-
-    base: float
-    transcoders: float
-    muon: float
-
-    @property
-    def total(self) -> float:
-        return self.base + self.transcoders + self.muon
-
-
-def base_flops(config: GPTNeoXConfig, layers: int, tokens: int, seq_len: int, *, lm_head: bool) -> float:
-    """Forward pass: the weights of attention (4·d²) and MLP (2·d·width), the causal half of QKᵀ and of its product."""
-    d = config.hidden_size
-    weights = layers * (4 * d * d + 2 * d * config.intermediate_size) + lm_head * d * config.vocab_size
-    return 2.0 * tokens * (weights + layers * d * seq_len)
-
-
-def transcoder_flops(n_inputs: int, n_hidden: int, n_outputs: int, tokens: int) -> float:
-    """Forward pass, the three weight gradients, and the head's input gradient."""
-    weights = 2 * n_inputs * n_hidden + n_hidden * n_outputs
-    return 2.0 * tokens * (2 * weights + n_hidden * n_outputs)
-
-
-def count_flops(recipe: Recipe, base: Base, config: GPTNeoXConfig) -> FlopCount:
-    """What one step of the fit has to compute."""
-    tokens, layers = recipe.batch_size * recipe.seq_len, len(base.layers)
-    muon_dtype = newton_schulz_dtype(torch.empty(0, device=base.model.device))
-    hidden = recipe.n_hidden(base.n_inputs)
-    return FlopCount(
-        base_flops(config, base.layers[-1] + 1, tokens, recipe.seq_len, lm_head=False),
-        layers * transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens),
-        layers * 3 * muon_flops(hidden, base.n_inputs, restart=restart_interval(hidden, base.n_inputs, muon_dtype)),
-    )
+def count_flops(fitter: Fitter, batch: TokenBatch) -> dict[str, float]:
+    """The operations of a step of the fit by its phases."""
+    flops: dict[str, float] = {}
+    fitter.timer = partial(counted, flops)
+    fitter.step(batch, 0)
+    return flops
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    seconds = [timed(lambda: a @ b, device) for _ in range(8)][2:]
-    return 2.0 * n**3 / median(seconds)
+    return 2.0 * n**3 / median_seconds([lambda: a @ b] * 8, device, untimed=2)
 
 
 def load_base(settings: BenchmarkSettings, recipe: Recipe, device: torch.device) -> Base:
@@ -164,53 +142,35 @@ def time_steps(fitter: Fitter, batches: Iterator[TokenBatch], steps: int) -> flo
             batch = next(batches)
         fitter.step(batch, number)
 
-    seconds = [timed(partial(step, number), fitter.device) for number in range(steps + 2)]
-    return median(seconds[2:])
+    return median_seconds((partial(step, number) for number in range(steps + 2)), fitter.device, untimed=2)
 
 
-class LayerAtATime:
-    """The published set's way to fit one layer, as a baseline: nothing of it is shared between layers."""
+def layer_at_a_time(base: Base, transcoder: BilinearTC, device: torch.device) -> Callable[[TokenBatch], None]:
+    """A step of the published set's way to fit one layer, as a baseline: nothing of it is shared between layers."""
+    matrices, biases = ([p for p in transcoder.parameters() if p.ndim == ndim] for ndim in (2, 1))
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(biases, lr=3e-4, betas=CARD_BETAS, weight_decay=0.0),
+    ]
 
-    def __init__(self, recipe: Recipe, base: Base, layer: int, device: torch.device) -> None:
-        self.base, self.layer, self.device = base, layer, device
-        single = dataclasses.replace(recipe, init="random")
-        self.transcoder = next(t for t in make_transcoders(single, base, device) if t.config.layer_index == layer)
-        matrices = [p for p in self.transcoder.parameters() if p.ndim == 2]
-        biases = [p for p in self.transcoder.parameters() if p.ndim == 1]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
-            torch.optim.AdamW(biases, lr=3e-4, betas=CARD_BETAS, weight_decay=0.0),
-        ]
-
-    def step(self, batch: TokenBatch) -> None:
+    def step(batch: TokenBatch) -> None:
         captured: list[Tensor] = []
 
         def to_cpu(_mlp: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             captured.extend(t.float().cpu().flatten(0, 1) for t in (inputs[0], output))
 
-        handle = self.base.mlp(self.layer).register_forward_hook(to_cpu)
-        with torch.no_grad():
-            self.base.model(input_ids=batch.input_ids.to(self.device))
-        handle.remove()
-        x, y = (t.to(self.device) for t in captured)
+        with base.mlp(transcoder.config.layer_index).register_forward_hook(to_cpu), torch.no_grad():
+            base.model(input_ids=batch.input_ids.to(device))
+        x, y = (t.to(device) for t in captured)
         x, z = ((t - t.mean(0)) / t.std(0) for t in (x, y))
-        loss = nn.functional.mse_loss(self.transcoder.normalized_forward(x), z)
+        loss = nn.functional.mse_loss(transcoder.normalized_forward(x), z)
         loss.backward()
-        for optimizer in self.optimizers:
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         loss.item()  # the published code notes each step's
 
-
-def time_baseline(
-    recipe: Recipe, base: Base, layers: list[int], batches: list[TokenBatch], device: torch.device
-) -> float:
-    """Mean over the layers of the median seconds of a baseline step of one layer."""
-    seconds = []
-    for layer in layers:
-        baseline = LayerAtATime(recipe, base, layer, device)
-        seconds.append(median([timed(partial(baseline.step, batch), device) for batch in batches][1:]))
-    return sum(seconds) / len(seconds)
+    return step
 
 
 def text_rate(batches: Iterator[TokenBatch], tokens: int) -> float:
@@ -245,40 +205,35 @@ def main() -> None:
     settings = parse_settings(BenchmarkSettings)
     device = start_accelerator().device
     recipe = named_recipe(settings.shape)
-    recipe = dataclasses.replace(
-        recipe,
-        batch_size=settings.batch_size or recipe.batch_size,
-        micro_batch_size=settings.micro_batch_size or recipe.micro_batch_size,
-    )
+    sizes = {name: getattr(settings, name) or getattr(recipe, name) for name in ("batch_size", "micro_batch_size")}
+    recipe = dataclasses.replace(recipe, **sizes)
     dtype = recipe.compute_dtype(device)
     base = load_base(settings, recipe, device)
-    config, layers = base.model.config, list(base.layers)
+    layers = len(base.layers)
     tokens = recipe.batch_size * recipe.seq_len
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = product_rate(device, dtype)
-    print(f"{settings.shape}: {len(layers)} layers, {tokens:,} tokens a step, {str(dtype)[6:]}, on {name}")
+    print(f"{settings.shape}: {layers} layers, {tokens:,} tokens a step, {str(dtype)[6:]}, on {name}")
     print(f"large matrix product: {rate / 1e12:.3f} TFLOP/s")
 
     fitter = Fitter(recipe, base, device)
+    spent: dict[str, list[float]] = defaultdict(list)
     with open_text(recipe, base, device) as text:
         batches = [next(text) for _ in range(settings.baseline_steps + 1)]
         seconds = time_steps(fitter, text, settings.steps)
         early_peak = peak_memory(device)
-        timer = PhaseTimer(device)
-        fitter.timer = timer
+        fitter.timer = lambda phase: timed(spent[phase], device)
         time_steps(fitter, text, settings.steps)
-    flops = count_flops(recipe, base, config)
-    achieved = flops.total / seconds
-    print(f"\na step: {seconds:.3f} s, {achieved / 1e12:.3f} TFLOP/s, {achieved / rate:.0%} of the product's")
-    counted = {"base": flops.base, "transcoders": flops.transcoders, "optimizer": flops.muon}
-    total = sum(median(timer.seconds[phase][2:]) for phase in PHASES)
-    print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")
-    for phase in PHASES:
-        spent, work = median(timer.seconds[phase][2:]), counted.get(phase)
-        counts = f"{work / 1e9:10.1f} {work / spent / 1e12:8.3f}" if work else ""
-        label = "Muon, AdamW" if phase == "optimizer" else phase
-        print(f"  {label:12s} {spent:9.4f} {spent / total:6.1%} {counts}")
     late_peak = peak_memory(device)
+    flops = count_flops(fitter, batches[0])
+    achieved = sum(flops.values()) / seconds
+    print(f"\na step: {seconds:.3f} s, {achieved / 1e12:.3f} TFLOP/s, {achieved / rate:.0%} of the product's")
+    medians = {phase: median(spent[phase][2:]) for phase in PHASES}
+    print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")
+    for phase, label in PHASES.items():
+        share, work = medians[phase] / sum(medians.values()), flops.get(phase)
+        counts = f"{work / 1e9:10.1f} {work / medians[phase] / 1e12:8.3f}" if work else ""
+        print(f"  {label:12s} {medians[phase]:9.4f} {share:6.1%} {counts}")
     print(f"peak memory: {early_peak / 2**30:.2f} GiB; after as many steps again {late_peak / 2**30:.2f} GiB")
     minutes = recipe.max_steps * seconds / 60
     print(
@@ -290,21 +245,19 @@ def main() -> None:
     surplus = pipeline * seconds / tokens
     print(f"\ntext pipeline alone: {pipeline:,.0f} tokens/s, {surplus:.1f} times what the fit consumes")
 
-    count = settings.baseline_layers or (len(layers) if settings.shape == "quickstart" else 1)
+    count = settings.baseline_layers or (layers if settings.shape == "quickstart" else 1)
     base.model.float()
     with torch.compiler.set_stance("force_eager"):
-        one_layer = time_baseline(recipe, base, layers[:count], batches, device)
-    hidden = recipe.n_hidden(base.n_inputs)
-    baseline_flops = len(layers) * (
-        base_flops(config, config.num_hidden_layers, tokens, recipe.seq_len, lm_head=True)
-        + transcoder_flops(base.n_inputs, hidden, base.n_outputs, tokens)
-        + 3 * muon_flops(hidden, base.n_inputs)
-    )
+        steps = [layer_at_a_time(base, t, device) for t in make_transcoders(recipe, base, device)[:count]]
+        one_layer = fmean(median_seconds([partial(step, b) for b in batches], device, untimed=1) for step in steps)
+    baseline: dict[str, float] = {}
+    with counted(baseline, "layer"):
+        steps[0](batches[0])
     print(
-        f"\nlayer at a time, timed on {count} of {len(layers)} layers: {one_layer:.3f} s a step a layer, "
-        f"{one_layer * len(layers):.3f} s for all\n"
-        f"all layers in one pass are {one_layer * len(layers) / seconds:.1f} times faster; "
-        f"the FLOP counts' ratio is {baseline_flops / flops.total:.1f}"
+        f"\nlayer at a time, timed on {count} of {layers} layers: {one_layer:.3f} s a step a layer, "
+        f"{one_layer * layers:.3f} s for all\n"
+        f"all layers in one pass are {one_layer * layers / seconds:.1f} times faster; "
+        f"the FLOP counts' ratio is {baseline['layer'] * layers / sum(flops.values()):.1f}"
     )
 
     base.model.to(dtype)

@@ -9,14 +9,13 @@ ReLU, as in bigger models.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from bilinear_tc.train.activations import Activations
@@ -27,24 +26,17 @@ from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
+from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 # What the card's recipe sets differently; text, packing and batch are the same for both.
-CARD_SETTINGS = (
-    "init",
-    "optimizer",
-    "lr",
-    "bias_lr",
-    "lr_schedule",
-    "momentum",
-    "newton_schulz",
-    "weight_decay",
-    "normalization",
-    "hidden_multiplier",
-)
+CARD_SETTINGS = {
+    *("init", "normalization", "hidden_multiplier", "optimizer", "momentum", "newton_schulz", "weight_decay"),
+    *("lr", "bias_lr", "lr_schedule"),
+}
 SHORT_FITS = (0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5)
 
 
@@ -73,23 +65,20 @@ class Curve:
     tokens: list[int] = field(default_factory=list)
     fvu: list[list[float]] = field(default_factory=list)
 
-    def add(self, tokens: int, fvu: Tensor) -> None:
+    def add(self, tokens: int, fvu: list[float]) -> None:
         self.tokens.append(tokens)
-        self.fvu.append(fvu.tolist())
-
-    @property
-    def final(self) -> list[float]:
-        return self.fvu[-1]
+        self.fvu.append(fvu)
 
     @property
     def mean(self) -> float:
-        return sum(self.final) / len(self.final)
+        """Over the layers, at the end."""
+        return fmean(self.fvu[-1])
 
 
 @torch.no_grad()
 def harden(base: Base, factor: float) -> None:
     """Scales the pre-activations of every two-matrix MLP up, and its outputs down, by the same factor."""
-    for layer in range(base.num_layers):
+    for layer in range(base.num_layers) if factor != 1 else ():
         mlp = base.mlp(layer)
         maps = linear_maps(mlp)
         if len(maps) != 2:
@@ -100,36 +89,30 @@ def harden(base: Base, factor: float) -> None:
         last.weight.div_(factor)
 
 
-def hold_out(recipe: Recipe, base: Base, device: torch.device) -> Activations:
-    """The MLP inputs and outputs of `eval_tokens` of the held-out text, kept for many measurements."""
-    sequences = recipe.eval_tokens // recipe.seq_len
-    rows = sequences * recipe.seq_len
-    held_out = Activations(base, rows, device=device, dtype=recipe.compute_dtype(device))
-    with open_held_out(recipe, base.tokenizer, device, sequences) as text:
-        held_out.fill(next(text), recipe.batch_size)
-    return held_out
+def activations_of(batch: TokenBatch, recipe: Recipe, base: Base) -> Activations:
+    """The MLP inputs and outputs of some text, kept for many measurements."""
+    device = base.model.device
+    kept = Activations(base, batch.input_ids.numel(), device=device, dtype=recipe.compute_dtype(device))
+    kept.fill(batch, recipe.batch_size)
+    return kept
 
 
 @torch.no_grad()
-def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None) -> Tensor:
-    """FVU [layers] of the transcoders as they stand, on the first rows."""
+def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None) -> list[float]:
+    """FVU of each of the transcoders as they stand, on the first rows."""
     fitter.stack.set_statistics()
     unexplained = []
     for x, y, transcoder in zip(held_out.x, held_out.y, fitter.stack.transcoders, strict=True):
         x, y = x[:rows].float(), y[:rows].float()
-        errors = sum(
-            (b - transcoder(a)).square().sum(0, dtype=torch.float64)
-            for a, b in zip(x.split(8192), y.split(8192), strict=True)
-        )
-        unexplained.append(fvu(errors, Moments.of(y)))
-    return torch.stack(unexplained).cpu()
+        pairs = zip(x.split(8192), y.split(8192), strict=True)
+        errors = sum((b - transcoder(a)).square().sum(0, dtype=torch.float64) for a, b in pairs)
+        unexplained.append(fvu(errors, Moments.of(y)).item())
+    return unexplained
 
 
-def run_recipe(
-    recipe: Recipe, base: Base, held_out: Activations, device: torch.device, name: str, points: int
-) -> Curve:
+def run_recipe(recipe: Recipe, base: Base, held_out: Activations, name: str, points: int = 0) -> Curve:
     """Fits a recipe, measuring on held-out text as it goes."""
-    curve = Curve()
+    curve, device = Curve(), base.model.device
     with open_batches(recipe, base.tokenizer, device) as text:
         fitter = Fitter(recipe, base, device)
         tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
@@ -149,14 +132,14 @@ def shorter(recipe: Recipe, tokens: int) -> Recipe | None:
     steps = (tokens - init_tokens) // rows
     if init_tokens < rows or steps < 1:
         return None
-    return dataclasses.replace(recipe, init_tokens=init_tokens, max_steps=steps)
+    return replace(recipe, init_tokens=init_tokens, max_steps=steps)
 
 
 def draw(curves: dict[str, Curve], path: Path, title: str) -> None:
     """Mean held-out FVU over tokens, log scale."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for (name, curve), style in zip(curves.items(), ("-", "--", "-.", ":"), strict=False):
-        mean = [sum(row) / len(row) for row in curve.fvu]
+        mean = [fmean(row) for row in curve.fvu]
         marker = "o" if len(mean) == 1 else None
         axes.plot(curve.tokens, mean, style, marker=marker, label=f"{name}: {curve.mean:.4f}")
     axes.set(yscale="log", xlabel="tokens, calibration included", ylabel="mean held-out FVU", title=title)
@@ -170,18 +153,10 @@ def draw(curves: dict[str, Curve], path: Path, title: str) -> None:
 def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
     """Runs the comparison and prints, writes and draws it."""
     ours = named_recipe(settings.recipe)
-    ours = dataclasses.replace(
-        ours,
-        base=settings.base or ours.base,
-        dataset=settings.dataset or ours.dataset,
-        batch_size=settings.batch_size or ours.batch_size,
-        hidden_multiplier=settings.hidden_multiplier or ours.hidden_multiplier,
-        eval_tokens=settings.eval_tokens,
-    )
-    published = named_recipe("pythia-410m-card")
-    card = dataclasses.replace(
-        ours, max_steps=settings.steps, **{name: getattr(published, name) for name in CARD_SETTINGS}
-    )
+    changeable = ("base", "dataset", "batch_size", "hidden_multiplier", "eval_tokens")
+    ours = replace(ours, **{name: value for name in changeable if (value := getattr(settings, name)) is not None})
+    published = asdict(named_recipe("pythia-410m-card"))
+    card = replace(ours, max_steps=settings.steps, **{name: published[name] for name in CARD_SETTINGS})
     rows = ours.batch_size * ours.seq_len
     budget = settings.steps * rows
     full = shorter(ours, budget)
@@ -189,46 +164,43 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
         raise UserError(f"--steps {settings.steps} pay for no step of ours after its calibration: give more")
 
     base = Base.of_recipe(ours, device)
-    if settings.harden != 1:
-        harden(base, settings.harden)
-    held_out = hold_out(ours, base, device)
+    harden(base, settings.harden)
+    sequences = ours.eval_tokens // ours.seq_len
+    with open_held_out(ours, base.tokenizer, device, sequences) as text:
+        held_out = activations_of(next(text), ours, base)
+
     curves = {
-        "card's recipe": run_recipe(card, base, held_out, device, "card's recipe", settings.points),
-        "ours": run_recipe(full, base, held_out, device, "ours", settings.points),
-        "closed form alone": run_recipe(
-            dataclasses.replace(full, max_steps=0), base, held_out, device, "closed form", 0
-        ),
+        "card's recipe": run_recipe(card, base, held_out, "card's recipe", settings.points),
+        "ours": run_recipe(full, base, held_out, "ours", settings.points),
+        "closed form alone": run_recipe(replace(full, max_steps=0), base, held_out, "closed form"),
     }
     card_curve, our_curve, closed_curve = curves.values()
     short = Curve()
     for share in SHORT_FITS:
-        recipe = shorter(ours, int(share * budget))
-        if recipe is None:
-            continue
-        curve = run_recipe(recipe, base, held_out, device, f"ours, {share:.1%} of the tokens", 0)
-        short.add(curve.tokens[-1], torch.tensor(curve.final))
-        if short.mean <= card_curve.mean:
-            break
+        if recipe := shorter(ours, int(share * budget)):
+            curve = run_recipe(recipe, base, held_out, f"ours, {share:.1%} of the tokens")
+            short.add(curve.tokens[-1], curve.fvu[-1])
+            if short.mean <= card_curve.mean:
+                break
     curves["ours, shorter fits"] = short
 
     print(f"\n{ours.base}, pre-activations × {settings.harden:g}, {settings.steps} steps of {rows:,} rows")
     print(f"hidden units a layer: card {card.n_hidden(base.n_inputs)}, ours {ours.n_hidden(base.n_inputs)}")
     print(f"held-out FVU on {held_out.rows:,} tokens of {ours.dataset} ({ours.eval_split})\n")
     print(f"{'layer':>5}  {'card':>8}  {'ours':>8}  {'ratio':>6}  {'closed form':>11}")
-    final = [*zip(card_curve.final, our_curve.final, closed_curve.final, strict=True)]
+    final = [*zip(card_curve.fvu[-1], our_curve.fvu[-1], closed_curve.fvu[-1], strict=True)]
     means = (card_curve.mean, our_curve.mean, closed_curve.mean)
     for name, (a, b, c) in [*zip(base.layers, final, strict=True), ("mean", means)]:
         print(f"{name:>5}  {a:8.4f}  {b:8.4f}  {b / a:6.2f}  {c:11.4f}")
-    reached = short.mean <= card_curve.mean
+    outcome = (
+        f"the card recipe's final mean FVU is reached with {short.tokens[-1] / budget:.1%} of its tokens "
+        f"({short.mean:.4f} after {short.tokens[-1]:,})"
+        if short.mean <= card_curve.mean
+        else f"no shorter fit reached the card recipe's final mean FVU (best {short.mean:.4f})"
+    )
     print(
         f"\nat equal tokens ours is {1 - our_curve.mean / card_curve.mean:.1%} below the card's recipe; "
-        f"{sum(b <= a for a, b, _ in final)} of {len(final)} layers at or below it\n"
-        + (
-            f"the card recipe's final mean FVU is reached with {short.tokens[-1] / budget:.1%} of its tokens "
-            f"({short.mean:.4f} after {short.tokens[-1]:,})"
-            if reached
-            else f"no shorter fit reached the card recipe's final mean FVU (best {short.mean:.4f})"
-        )
+        f"{sum(b <= a for a, b, _ in final)} of {len(final)} layers at or below it\n{outcome}"
     )
     folder = Path(settings.output_dir)
     with written_whole(folder) as scratch:
@@ -236,7 +208,7 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
         if ours.hidden_multiplier != card.hidden_multiplier:
             name += f"_width{ours.hidden_multiplier:g}"
         draw(curves, scratch / f"{name}.png", f"{ours.base}, pre-activations × {settings.harden:g}")
-        results = {"settings": dataclasses.asdict(settings), "curves": {k: vars(v) for k, v in curves.items()}}
+        results = {"settings": asdict(settings), "curves": {k: vars(v) for k, v in curves.items()}}
         (scratch / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote {folder / name}.png and .json")
 

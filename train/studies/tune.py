@@ -9,8 +9,7 @@ which the published figures are measured on, has no part in choosing the setting
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,7 +20,7 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
-from bilinear_tc.train.studies.compare import harden, run_recipe
+from bilinear_tc.train.studies.compare import activations_of, harden, run_recipe
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import calibration_batches, open_batches
 
@@ -63,32 +62,26 @@ def following_text(recipe: Recipe, base: Base, device: torch.device) -> Activati
         calibration_batches(recipe, text)
         batches = list(islice(text, recipe.max_steps, recipe.max_steps + count))
     following = TokenBatch(torch.cat([batch.input_ids for batch in batches]))
-    rows = following.input_ids.numel()
-    activations = Activations(base, rows, device=device, dtype=recipe.compute_dtype(device))
-    activations.fill(following, recipe.batch_size)
-    return activations
+    return activations_of(following, recipe, base)
 
 
 def main() -> None:
     settings = parse_settings(TuningSettings)
     device = start_accelerator().device
-    recipe = dataclasses.replace(
-        named_recipe(settings.recipe),
-        max_steps=settings.steps,
-        layers=settings.layers,
-        eval_tokens=settings.eval_tokens,
+    own = vars(settings)
+    recipe = replace(
+        named_recipe(settings.recipe), max_steps=settings.steps, **{k: own[k] for k in ("layers", "eval_tokens")}
     )
     base = Base.of_recipe(recipe, device)
-    if settings.harden != 1:
-        harden(base, settings.harden)
+    harden(base, settings.harden)
     following = following_text(recipe, base, device)
     print(f"| change | mean FVU | to the recipe | layers {settings.layers} |\n| --- | --- | --- | --- |")
     kept = 0.0
     for change in CHANGES:
         name = ", ".join(f"{key} {value}" for key, value in change.items())
-        curve = run_recipe(dataclasses.replace(recipe, **change), base, following, device, name or "recipe", 0)
+        curve = run_recipe(replace(recipe, **change), base, following, name or "recipe")
         kept = kept or curve.mean
-        by_layer = ", ".join(f"{value:.4f}" for value in curve.final)
+        by_layer = ", ".join(f"{value:.4f}" for value in curve.fvu[-1])
         print(f"| {name or 'none'} | {curve.mean:.4f} | {curve.mean / kept - 1:+.1%} | {by_layer} |", flush=True)
 
 

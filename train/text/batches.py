@@ -7,9 +7,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.processes import available_cores
-from bilinear_tc.train.text.documents import TextError
+from bilinear_tc.train.text.documents import Documents, TextError
 from bilinear_tc.train.text.encode import Encoder, Piece
 
 logger = logging.getLogger(__name__)
@@ -29,14 +29,6 @@ CHUNK_CHARACTERS = 1 << 17
 # A longer document is tokenized in pieces, so that one giant file neither fills the memory nor a checkpoint.
 PIECE_CHARACTERS = 1 << 20
 CLOSE_SECONDS = 10.0
-
-
-class DocumentStream(Protocol):
-    """What `TokenBatches` needs of its documents; `Documents` is one."""
-
-    def __iter__(self) -> Iterator[str]: ...
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,13 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenBatch:
+        """The batch with its tensors changed."""
+        return TokenBatch(change(self.input_ids), None if self.mask is None else change(self.mask))
+
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on a device, copied asynchronously from pinned memory."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return TokenBatch(self.input_ids.to(device, non_blocking=True), mask)
-
-    def pin_memory(self) -> TokenBatch:
-        return TokenBatch(self.input_ids.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ class _Position:
     drawn: list[np.ndarray] = field(default_factory=list)  # sequences not yet in a batch
 
 
-class TokenBatches:
+class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
     """An iterator of batches of `batch_size` sequences of `seq_len` tokens, made ahead by a thread.
 
     Text is read by the thread, tokenized by others and packed: documents follow one another, with an end of text after
@@ -106,7 +98,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        documents: DocumentStream,
+        documents: Documents,
         tokenizer: PreTrainedTokenizerBase,
         *,
         seq_len: int,
@@ -119,16 +111,13 @@ class TokenBatches:
         pin_memory: bool = False,
         epochs: int | None = None,
     ) -> None:
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("workers", 0 if workers is None else workers, 0),
-            ("prefetch", prefetch, 1),
-            ("epochs", 1 if epochs is None else epochs, 1),
+        for least, values in (
+            (1, {"seq_len": seq_len, "batch_size": batch_size, "prefetch": prefetch, "epochs": epochs}),
+            (0, {"shuffle_buffer": shuffle_buffer, "workers": workers}),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but is {value}")
+            for name, value in values.items():
+                if value is not None and value < least:
+                    raise ValueError(f"{name} must be at least {least}, but is {value}")
         self.seq_len, self.batch_size, self.pack = seq_len, batch_size, pack
         self._documents = documents
         # Tokenizing must not starve the fit.
@@ -138,25 +127,14 @@ class TokenBatches:
         self._prefetch, self._pin_memory, self._epochs = prefetch, pin_memory, epochs
         self._producer: _Producer[tuple[TokenBatch, _Position]] | None = None
         self._start = documents.state_dict()
-        self._position = _Position(
-            documents=self._start,
-            offset=0,
-            epoch=0,
-            generator=np.random.default_rng(seed).bit_generator.state,
-            tokens=np.empty(0, np.int32),
-        )
-
-    def __iter__(self) -> TokenBatches:
-        return self
+        generator = np.random.default_rng(seed).bit_generator.state
+        self._position = _Position(self._start, 0, 0, generator, tokens=np.empty(0, np.int32))
 
     def __next__(self) -> TokenBatch:
         if self._producer is None:
             self._producer = _Producer(self._batches(self._position), self._prefetch)
         batch, self._position = self._producer.take()
         return batch
-
-    def __enter__(self) -> TokenBatches:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -173,10 +151,7 @@ class TokenBatches:
         return {
             "seq_len": self.seq_len,
             "pack": self.pack,
-            "documents": position.documents,
-            "offset": position.offset,
-            "epoch": position.epoch,
-            "generator": position.generator,
+            **vars(position),
             "tokens": torch.from_numpy(position.tokens.copy()),
             "pool": _join(position.pool),
             "drawn": _join(position.drawn),
@@ -192,15 +167,9 @@ class TokenBatches:
                 raise UserError(f"the text position was saved with {name} {state[name]}, but {name} is {value} now")
         self.close()
         self._documents.load_state_dict(state["documents"])
-        self._position = _Position(
-            documents=state["documents"],
-            offset=state["offset"],
-            epoch=state["epoch"],
-            generator=state["generator"],
-            tokens=state["tokens"].numpy(),
-            pool=_split(state["pool"]),
-            drawn=_split(state["drawn"]),
-        )
+        arrays = {"tokens": state["tokens"].numpy(), "pool": _split(state["pool"]), "drawn": _split(state["drawn"])}
+        plain = {name: state[name] for name in ("documents", "offset", "epoch", "generator")}
+        self._position = _Position(**plain, **arrays)
 
     def _batches(self, position: _Position) -> Generator[tuple[TokenBatch, _Position], None, None]:
         """Batches from a position on, each with the position after it."""
@@ -214,15 +183,9 @@ class TokenBatches:
                 for ids, (documents, offset) in encoded:
                     sequences, tokens = self._cut(position.tokens, ids)
                     sequences_in_pass += len(sequences)
-                    position = replace(
-                        position,
-                        documents=documents,
-                        offset=offset,
-                        tokens=tokens,
-                        drawn=position.drawn + shuffle.exchange(sequences),
-                        pool=list(shuffle.pool),
-                        generator=shuffle.generator,
-                    )
+                    drawn = position.drawn + shuffle.exchange(sequences)
+                    position = replace(position, tokens=tokens, drawn=drawn, **shuffle.state)
+                    position = replace(position, documents=documents, offset=offset)
                     position = yield from self._full_batches(position)
             least = self.batch_size if self._epochs is None else 1
             if whole and sequences_in_pass < least:
@@ -231,15 +194,9 @@ class TokenBatches:
                     f" than one batch of {least}; give more text, or a smaller batch_size or seq_len"
                 )
             whole = True
-            position = replace(
-                position,
-                documents=self._documents.state_dict(),
-                offset=0,
-                epoch=position.epoch + 1,
-                drawn=position.drawn + shuffle.drain(),
-                pool=[],
-                generator=shuffle.generator,
-            )
+            documents, drawn = self._documents.state_dict(), position.drawn + shuffle.drain()
+            position = replace(position, epoch=position.epoch + 1, documents=documents, offset=0)
+            position = replace(position, drawn=drawn, **shuffle.state)
             if self._epochs is None and position.epoch == 1:
                 logger.warning("the text has been read to its end; it is read again from the beginning")
             position = yield from self._full_batches(position)
@@ -301,7 +258,7 @@ class TokenBatches:
             mask = torch.arange(self.seq_len) < lengths[:, None]
             input_ids[mask] = torch.from_numpy(np.concatenate(sequences)).long()
             batch = TokenBatch(input_ids, mask)
-        return batch.pin_memory() if self._pin_memory else batch
+        return batch.map(torch.Tensor.pin_memory) if self._pin_memory else batch
 
 
 class _Shuffle:
@@ -309,31 +266,31 @@ class _Shuffle:
 
     def __init__(self, size: int, pool: list[np.ndarray], generator: Mapping[str, Any]) -> None:
         self._size = size
-        self.pool = list(pool)
+        self._pool = list(pool)
         self._generator = np.random.default_rng()
         self._generator.bit_generator.state = generator
 
     @property
-    def generator(self) -> Mapping[str, Any]:
-        return self._generator.bit_generator.state
+    def state(self) -> dict[str, Any]:
+        return {"pool": list(self._pool), "generator": self._generator.bit_generator.state}
 
     def exchange(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """Takes sequences in and gives back those that they push out."""
         if not self._size:
             return sequences
-        room = max(0, self._size - len(self.pool))
-        self.pool += sequences[:room]
+        room = max(0, self._size - len(self._pool))
+        self._pool += sequences[:room]
         drawn = []
         entering = sequences[room:]
         for sequence, place in zip(entering, self._generator.integers(self._size, size=len(entering)), strict=True):
-            drawn.append(self.pool[place])
-            self.pool[place] = sequence
+            drawn.append(self._pool[place])
+            self._pool[place] = sequence
         return drawn
 
     def drain(self) -> list[np.ndarray]:
         """Gives back all that are left."""
-        drawn = [self.pool[place] for place in self._generator.permutation(len(self.pool))]
-        self.pool = []
+        drawn = [self._pool[place] for place in self._generator.permutation(len(self._pool))]
+        self._pool = []
         return drawn
 
 

@@ -24,6 +24,8 @@ READ_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16  # of each end of a file that was read, by which it is known again
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
+Rows = tuple[datasets.IterableDataset, list[str]]  # a stream with one shard a file, and the names of these files
+
 
 class TextError(UserError):
     """A text source that cannot be found, read or used."""
@@ -151,8 +153,8 @@ def python_stdlib_files() -> dict[str, list[str]]:
     return splits
 
 
-def _open(dataset: str, config: str | None, split: str, text_column: str) -> tuple[datasets.IterableDataset, list[str]]:
-    """The source's rows as a stream with one shard a file, and the names of these files."""
+def _open(dataset: str, config: str | None, split: str, text_column: str) -> Rows:
+    """The rows of any source."""
     files = python_stdlib_files() if dataset == PYTHON_STDLIB else _named_files(dataset)
     if files is None:
         return _open_repository(dataset, config, split, text_column)
@@ -178,11 +180,10 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
         return None
     files = []
     for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        matches = [match for match in matches if Path(match).is_file()]
-        if not matches:
+        matches = [pattern] if Path(pattern).is_file() else filter(os.path.isfile, glob.glob(pattern, recursive=True))
+        if not (found := sorted(matches)):
             raise TextError(f"no file matches {pattern!r}; give an existing file, folder, glob or Hub dataset")
-        files += matches
+        files += found
     for file in files:
         if _file_format(file) is None:
             raise TextError(f"{file} is not a text file that can be read; supported are {_listed(FILE_FORMATS)}")
@@ -191,24 +192,20 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
 
 def _file_format(file: str) -> str | None:
     """A value of `FILE_FORMATS`, by the file's name; only text and jsonl may be compressed."""
-    suffixes = Path(file).suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        kind = FILE_FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return kind if kind in ("text", "jsonl") else None
-    return FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    path = Path(file)
+    if path.suffix not in COMPRESSIONS:
+        return FILE_FORMATS.get(path.suffix)
+    kind = FILE_FORMATS.get(path.with_suffix("").suffix)
+    return kind if kind in ("text", "jsonl") else None
 
 
-def _open_repository(
-    dataset: str, config: str | None, split: str, text_column: str
-) -> tuple[datasets.IterableDataset, list[str]]:
+def _open_repository(dataset: str, config: str | None, split: str, text_column: str) -> Rows:
     """A Hub dataset or a folder in its layout."""
     if dataset.startswith((".", "/", "~")) and not Path(dataset).is_dir():
         raise TextError(f"there is no file or folder {dataset!r}; give an existing one, or a Hub dataset")
+    file, split = (split, "train") if _file_format(split) else (None, split)
     try:
-        if _file_format(split):
-            builder, split = datasets.load_dataset_builder(dataset, name=config, data_files=split), "train"
-        else:
-            builder = datasets.load_dataset_builder(dataset, name=config)
+        builder = datasets.load_dataset_builder(dataset, name=config, data_files=file)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise TextError(
             f"the dataset {dataset!r} is not a file or folder here and cannot be found on the Hub: {one_line(error)}"
@@ -224,9 +221,7 @@ def _open_repository(
     return _builder_stream(builder, files, split, text_column)
 
 
-def _builder_stream(
-    builder: datasets.DatasetBuilder, files: list[str], split: str, text_column: str
-) -> tuple[datasets.IterableDataset, list[str]]:
+def _builder_stream(builder: datasets.DatasetBuilder, files: list[str], split: str, text_column: str) -> Rows:
     """The rows as `datasets` itself reads them, without other columns if the format can leave them out."""
     if files:  # so that the columns are not sought in another split
         data_files = builder.config.data_files
@@ -242,7 +237,7 @@ def _builder_stream(
     return stream, files
 
 
-def _row_stream(files: list[str], kind: str, text_column: str) -> tuple[datasets.IterableDataset, list[str]]:
+def _row_stream(files: list[str], kind: str, text_column: str) -> Rows:
     """Text and JSON lines, read by this module rather than by the builders of `datasets`.
 
     Those look into every file before the first row is read; on a broken line they read the whole shard into

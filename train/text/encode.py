@@ -76,11 +76,9 @@ class Encoder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ahead(
-        self, chunks: Iterable[tuple[list[Piece], T]], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[Future[list[np.ndarray]], T]]:
+    def _ahead(self, chunks: Iterable[tuple[list[Piece], T]], pool: ThreadPoolExecutor) -> Iterator[tuple[Future, T]]:
         """The results to come, with two chunks a thread under way."""
-        waiting: deque[tuple[Future[list[np.ndarray]], T]] = deque()
+        waiting: deque[tuple[Future, T]] = deque()
         try:
             for pieces, label in chunks:
                 waiting.append((pool.submit(self._encoded, pieces), label))

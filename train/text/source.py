@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,7 @@ from bilinear_tc.train.text.batches import TokenBatch, TokenBatches
 from bilinear_tc.train.text.documents import Documents, TextError
 
 
-class SharedBatches:
+class SharedBatches(Iterator[TokenBatch], AbstractContextManager):
     """The main process's batches on every process: each iterates, and gets its own share of every batch's sequences.
 
     Shares are contiguous, in the order of the processes, and differ by one sequence at most; one may be empty. If the
@@ -38,9 +41,6 @@ class SharedBatches:
         self._device = device
         self._group = dist.new_group(backend="gloo") if process_count() > 1 else None
 
-    def __iter__(self) -> SharedBatches:
-        return self
-
     def __next__(self) -> TokenBatch:
         # What every process gets: a batch, the sentence of a failure, or None at the end of the text.
         message: list[TokenBatch | str | None] = [None]
@@ -58,11 +58,7 @@ class SharedBatches:
         if isinstance(batch, str):
             raise failure or TextError(batch)
         start, end = (rank * len(batch) // process_count() for rank in (process_index(), process_index() + 1))
-        mask = None if batch.mask is None else batch.mask[start:end]
-        return TokenBatch(batch.input_ids[start:end], mask).to(self._device)
-
-    def __enter__(self) -> SharedBatches:
-        return self
+        return batch.map(lambda tensor: tensor[start:end]).to(self._device)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -105,7 +101,8 @@ def check_text(recipe: Recipe) -> None:
 
 def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SharedBatches:
     """The text that a recipe fits on, endless, in its order."""
-    return _open(recipe, tokenizer, device, recipe.split, recipe.batch_size, recipe.shuffle_buffer, None)
+    order = {"batch_size": recipe.batch_size, "shuffle_buffer": recipe.shuffle_buffer}
+    return _open(recipe, tokenizer, device, recipe.split, order)
 
 
 def open_held_out(
@@ -113,7 +110,7 @@ def open_held_out(
 ) -> SharedBatches:
     """The text that a recipe holds out, once through; the recipe must name an `eval_split`."""
     assert recipe.eval_split is not None
-    return _open(recipe, tokenizer, device, recipe.eval_split, batch_size, 0, 1)
+    return _open(recipe, tokenizer, device, recipe.eval_split, {"batch_size": batch_size, "epochs": 1})
 
 
 def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:
@@ -122,29 +119,13 @@ def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBat
 
 
 def _open(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    split: str,
-    batch_size: int,
-    shuffle_buffer: int,
-    epochs: int | None,
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, split: str, order: dict[str, Any]
 ) -> SharedBatches:
-    batches = None
-    if is_main():
-        batches = TokenBatches(
-            _documents(recipe, split),
-            tokenizer,
-            seq_len=recipe.seq_len,
-            batch_size=batch_size,
-            pack=recipe.pack,
-            shuffle_buffer=shuffle_buffer,
-            seed=recipe.seed,
-            workers=recipe.tokenizer_workers,
-            pin_memory=device.type == "cuda",
-            epochs=epochs,
-        )
-    return SharedBatches(batches, device)
+    if not is_main():
+        return SharedBatches(None, device)
+    order |= {"seq_len": recipe.seq_len, "pack": recipe.pack, "seed": recipe.seed}
+    machine: dict[str, Any] = {"workers": recipe.tokenizer_workers, "pin_memory": device.type == "cuda"}
+    return SharedBatches(TokenBatches(_documents(recipe, split), tokenizer, **order, **machine), device)
 
 
 def _documents(recipe: Recipe, split: str) -> Documents:
