@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -82,13 +84,22 @@ class State:
     revision: str
 
 
-def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
-    """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are."""
+def changes_between(
+    local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], *, keep_layers: bool = False
+) -> Changes:
+    """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are, and so do
+    layers that `local` lacks, if they are to be kept."""
+    folders = {path.split("/")[0] for path in local}
+
+    def belongs(path: str) -> bool:
+        of_other_layer = path.startswith("layer_") and path.split("/")[0] not in folders
+        return LAYOUT.fullmatch(path) is not None and not (keep_layers and of_other_layer)
+
     kept = [path for path, file in local.items() if path in remote and remote[path].holds(file)]
     return Changes(
         added=[path for path in local if path not in remote],
         replaced=[path for path in local if path in remote and path not in kept],
-        removed=[path for path in sorted(remote) if path not in local and LAYOUT.fullmatch(path)],
+        removed=[path for path in sorted(remote) if path not in local and belongs(path)],
         kept=kept,
     )
 
@@ -102,13 +113,22 @@ class HubRepository:
     Args:
         repo_id: "owner/name".
         revision: the branch (or refs/pr/N) to publish to.
+        keep_layers: let layers that a publication lacks stay there.
         attempts: how often a call is tried in all.
         first_wait: pause before the second attempt, in seconds; each further pause is twice as long.
     """
 
-    def __init__(self, repo_id: str, revision: str = "main", *, attempts: int = 5, first_wait: float = 1.0) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str = "main",
+        *,
+        keep_layers: bool = False,
+        attempts: int = 5,
+        first_wait: float = 1.0,
+    ) -> None:
         self.api = HfApi()
-        self.repo_id, self.revision = repo_id, revision
+        self.repo_id, self.revision, self.keep_layers = repo_id, revision, keep_layers
         self.attempts, self.first_wait = attempts, first_wait
 
     @property
@@ -195,6 +215,16 @@ class HubRepository:
             if isinstance(entry, RepoFile)
         }
 
+    def changes(self, local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
+        """What has to change for the Hub to hold the set, if it holds `remote`."""
+        return changes_between(local, remote, keep_layers=self.keep_layers)
+
+    def text(self, path: str, commit: str) -> str:
+        """What a file at a commit says."""
+        with tempfile.TemporaryDirectory() as cache:
+            file = self.ask(lambda: self.api.hf_hub_download(self.repo_id, path, revision=commit, cache_dir=cache))
+            return Path(file).read_text(encoding="utf-8", errors="replace")
+
     def tags(self) -> dict[str, str]:
         """Every tag's commit."""
         refs = self.ask(lambda: self.api.list_repo_refs(self.repo_id))
@@ -207,7 +237,7 @@ class HubRepository:
     def find_on_branch(self, local: Mapping[str, LocalFile]) -> State | None:
         """The state of the branch, if it holds the set."""
         head = self.head()
-        return self.state(head) if head and not changes_between(local, self.files(head)) else None
+        return self.state(head) if head and not self.changes(local, self.files(head)) else None
 
     def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
         """The newest pull request, not closed, that grew from `parent` and holds the set."""
@@ -224,7 +254,7 @@ class HubRepository:
             ancestors = self.ask(partial(self.api.list_repo_commits, self.repo_id, revision=commit))
             # one that was merged grew from an older state than the branch is in now
             grew_from_parent = parent in {ancestor.commit_id for ancestor in ancestors}
-            if grew_from_parent and not changes_between(local, self.files(commit)):
+            if grew_from_parent and not self.changes(local, self.files(commit)):
                 return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}", commit)
         return None
 

@@ -40,6 +40,7 @@ from bilinear_tc.train.run import (
 from bilinear_tc.upload.figures import COMPARISON, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.pt_checkpoint import checkpoint_name, export_checkpoint
+from bilinear_tc.upload.stamp import stamped
 
 # What config.json says alike of every layer of a set; the card says it once.
 ALIKE = ("base_model", "base_revision", "form", "n_inputs", "n_hidden", "n_outputs", "bias")
@@ -248,6 +249,7 @@ def build_repository(
     *,
     repo_id: str | None = None,
     author: str | None = None,
+    card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
 ) -> Path:
@@ -257,6 +259,7 @@ def build_repository(
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
         repo_id, author: for the card.
+        card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
 
@@ -280,7 +283,13 @@ def build_repository(
             for layer in run.layers:
                 export_checkpoint(repository, layer, repository.layer_folder(layer))
         draw_figures(run, scratch / FIGURES)
-        write_model_card(run, scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
+        readme = scratch / REPOCARD_NAME
+        if card is None:
+            write_model_card(run, scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
+            text = stamped(readme.read_text(encoding="utf-8"), "generated")
+        else:
+            text = stamped(card, "own")
+        readme.write_text(text, encoding="utf-8", newline="\n")
     return folder
 
 
