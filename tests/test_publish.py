@@ -99,7 +99,14 @@ def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
     assert done.returncode == 0, done.output
     layers = {f"layer_{layer}/{name}" for layer in (0, 1) for name in LAYER_FILES}
     figures = {"figures/all_layers_comparison.png", "figures/training_curves_overlaid_layers_0_1.png"}
-    root = {"README.md", "configuration_bilinear_tc.py", "modeling_bilinear_tc.py", "recipe.yaml", "evaluation.json"}
+    root = {
+        "README.md",
+        "config.json",
+        "configuration_bilinear_tc.py",
+        "modeling_bilinear_tc.py",
+        "recipe.yaml",
+        "evaluation.json",
+    }
     assert set(published(hub)) == layers | figures | root
     for path in layers | {"evaluation.json"}:
         assert published(hub)[path] == hash_file(run / path).sha256

@@ -394,6 +394,6 @@ def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, An
 
 def save_weights(transcoder: BilinearTC, folder: Path) -> None:
     """Writes config.json and model.safetensors, without the code: it lies once, at the run's root."""
-    transcoder.save_pretrained(folder)
+    transcoder.save_pretrained(folder, max_shard_size="10000GB")  # in one file
     for name in CODE_FILES:
         (folder / name).unlink(missing_ok=True)

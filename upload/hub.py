@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -219,11 +218,9 @@ class HubRepository:
         """What has to change for the Hub to hold the set, if it holds `remote`."""
         return changes_between(local, remote, keep_layers=self.keep_layers)
 
-    def text(self, path: str, commit: str) -> str:
-        """What a file at a commit says."""
-        with tempfile.TemporaryDirectory() as cache:
-            file = self.ask(lambda: self.api.hf_hub_download(self.repo_id, path, revision=commit, cache_dir=cache))
-            return Path(file).read_text(encoding="utf-8", errors="replace")
+    def fetch(self, path: str, commit: str, cache: str) -> Path:
+        """A file at a commit, on this machine."""
+        return Path(self.ask(partial(self.api.hf_hub_download, self.repo_id, path, revision=commit, cache_dir=cache)))
 
     def tags(self) -> dict[str, str]:
         """Every tag's commit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -46,16 +47,17 @@ def with_kept_card(
     """The set, with the Hub's card in place of the folder's if somebody wrote it there and it may not go."""
     if REPOCARD_NAME not in hub.changes(local, remote).replaced:
         return local
-    there, readme = hub.text(REPOCARD_NAME, commit), local[REPOCARD_NAME].path
-    writer, here = writer_of(there), writer_of(readme.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as cache:
+        kept = hash_file(hub.fetch(REPOCARD_NAME, commit, cache))  # it is there already, so that nothing is sent of it
+        writer = writer_of(kept.path.read_text(encoding="utf-8", errors="replace"))
+    here = writer_of(local[REPOCARD_NAME].path.read_text(encoding="utf-8"))
     if writer == "generated" or writer == here == "own":
         return local
     if here == "own" or overwrite:
         ask(f"replace the card of {hub.repo_id}, which was edited there", "make one of the two", overwrite=overwrite)
         return local
-    readme.write_text(there, encoding="utf-8", newline="")
     print(f"the card of {hub.repo_id} was written by hand, and is kept (--overwrite replaces it)")
-    return {**local, REPOCARD_NAME: hash_file(readme)}
+    return {**local, REPOCARD_NAME: kept}
 
 
 def losses(hub: HubRepository, local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> str | None:

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
 from bilinear_tc.train.files import locked, sha256_of
-from bilinear_tc.train.run import Run
+from bilinear_tc.train.run import WEIGHTS, Run
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State
 from bilinear_tc.upload.others import ask, layers_in, losses, own_card, shortened, with_kept_card
 from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
@@ -168,37 +168,54 @@ def show_plan(hub: HubRepository, local: Mapping[str, LocalFile], *, overwrite: 
 
 
 def verify(hub: HubRepository, commit: str, local: Mapping[str, LocalFile], run: Run, save_dtype: str | None) -> None:
-    """Reads the set back from the Hub at one commit: sizes and hashes of all files, and one layer as users load it.
+    """Reads the set back from the Hub at one commit: sizes and hashes of all files, and every layer as users load it.
 
-    UserError if the Hub holds something else than what was sent.
+    The weights of the first layer are fetched. Those of the others, which the Hub holds by the same hash, are linked to
+    the local ones where a download would put them, so that a set of gigabytes does not travel twice.
+
+    UserError if the Hub holds something else than what was sent, or a layer does not load.
     """
-    layer = run.layers[0]
     remote = hub.files(commit)
     changes = hub.changes(local, remote)
     wrong = changes.added + changes.replaced + changes.removed
     with tempfile.TemporaryDirectory() as cache:
         small = [path for path in changes.kept if not remote[path].large]
-        snapshot = hub.ask(
-            lambda: hub.api.snapshot_download(hub.repo_id, revision=commit, cache_dir=cache, allow_patterns=small)
+        snapshot = Path(
+            hub.ask(
+                lambda: hub.api.snapshot_download(hub.repo_id, revision=commit, cache_dir=cache, allow_patterns=small)
+            )
         )
-        wrong += [path for path in small if sha256_of(Path(snapshot, path)) != local[path].sha256]
+        wrong += [path for path in small if sha256_of(snapshot / path) != local[path].sha256]
         if wrong:
             raise UserError(
                 f"{hub.repo_id} at {commit[:12]} does not hold {', '.join(sorted(wrong))} as they were sent: "
                 "run the command again"
             )
-        published = hub.ask(
-            lambda: AutoModel.from_pretrained(
-                hub.repo_id, subfolder=f"layer_{layer}", revision=commit, trust_remote_code=True, cache_dir=cache
-            )
-        )
-        kept = load_layer(run, layer, save_dtype)
-        if not same_outputs(published.to(kept.dtype), kept):
-            raise UserError(
-                f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
-                "run the command again, and report it if it stays so"
-            )
-    print(f"read back {counted(len(local), 'file')}; layer_{layer} gives the run's outputs")
+        for layer in run.layers:
+            weights = f"layer_{layer}/{WEIGHTS}"
+            if layer != run.layers[0] and remote[weights].large:
+                (snapshot / weights).symlink_to(local[weights].path.resolve())
+            published = load_published(hub, commit, layer, cache)
+            kept = load_layer(run, layer, DTYPES[save_dtype] if save_dtype else None)
+            if not same_outputs(published.to(kept.dtype), kept):
+                raise UserError(
+                    f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
+                    "run the command again, and report it if it stays so"
+                )
+    print(f"read back {counted(len(local), 'file')}; every layer loads, and gives the run's outputs")
+
+
+def load_published(hub: HubRepository, commit: str, layer: int, cache: str) -> Any:
+    """A layer as users load it, code included."""
+    place = {"subfolder": f"layer_{layer}", "revision": commit, "cache_dir": cache}
+    try:
+        return hub.ask(lambda: AutoModel.from_pretrained(hub.repo_id, trust_remote_code=True, **place))
+    except UserError:
+        raise
+    except Exception as error:  # what its users would see
+        raise UserError(
+            f"layer_{layer} of {hub.repo_id} is published at {commit[:12]}, but does not load: {one_line(error)}"
+        ) from error
 
 
 @torch.no_grad()
