@@ -707,6 +707,32 @@ def test_a_failure_at_any_request_is_overcome(publication: Update, faults: tuple
 
 
 @pytest.mark.slow
+def test_the_pause_that_the_hub_asks_for_is_kept_and_shown(update: Update) -> None:
+    """At the first request, at the commit and while reading back, where the client, too, tries again, once at once."""
+    commit = 1 + update.requests.index(f"POST /api/models/{REPO}/commit/main")
+    last = len(update.requests)
+
+    def case(nth: int) -> None:
+        with update.hub(f"limit-{nth}") as hub:
+            arrivals: list[float] = []
+
+            def refuse() -> int:
+                arrivals.append(time.monotonic())
+                return 429
+
+            hub.fail(nth, refuse, times=2)
+            hub.fail(nth + 2, lambda: arrivals.append(time.monotonic()))
+            done = update.publisher(hub, f"limit-{nth}-home").send(update.new, update.settings)
+            assert done.returncode == 0, (nth, done.output)
+            assert "Traceback" not in done.output
+            assert arrivals[2] - arrivals[0] >= 0.9, (nth, hub.requests[nth - 1])
+            assert re.search(r"no more requests for 1 seconds \(429\)|Rate limited\. Waiting", done.output), done.output
+            assert published(hub) == update.sets[1]
+
+    at_requests(update, case, [1, commit, commit + 2, last - 2, last - 1, last])
+
+
+@pytest.mark.slow
 def test_a_kill_in_any_state_of_the_hub_leaves_a_whole_set_and_the_next_run_completes_it(publication: Update) -> None:
     def case(nth: int) -> None:
         with publication.hub(f"kill-{nth}") as hub:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.constants import is_offline_mode
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
@@ -198,6 +199,9 @@ class Run:
     @cached_property
     def _remote_files(self) -> set[str]:
         try:
+            if is_offline_mode():  # what lies in the cache
+                folder = Path(snapshot_download(self.where, revision=self.revision, local_files_only=True))
+                return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
             return set(list_repo_files(self.where, revision=self.revision))
         except Exception as error:  # whatever keeps huggingface_hub and its HTTP client from answering
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import OfflineModeIsEnabled
@@ -106,8 +107,8 @@ def changes_between(
 class HubRepository:
     """One model repository on the Hub.
 
-    Every call is tried again with growing pauses if the connection drops or the Hub answers 408, 429 or 5xx; any
-    other refusal is a HubRefusal.
+    Every call is tried again if the connection drops or the Hub answers 408, 429 or 5xx, after a pause that the Hub
+    asks for or a growing one; any other refusal is a HubRefusal.
 
     Args:
         repo_id: "owner/name".
@@ -129,6 +130,7 @@ class HubRepository:
         self.api = HfApi()
         self.repo_id, self.revision, self.keep_layers = repo_id, revision, keep_layers
         self.attempts, self.first_wait = attempts, first_wait
+        self._unreachable: HubUnreachable | None = None
 
     @property
     def url(self) -> str:
@@ -145,6 +147,8 @@ class HubRepository:
             HubRefusal: in one sentence, with the remedy; HubUnreachable if there was no answer.
             Exception: of a type in `expect`, as it came; and what has nothing to do with the network.
         """
+        if self._unreachable:  # asked in vain before
+            raise self._unreachable
         as_they_come: tuple[type[Exception], ...] = (HubRefusal, *expect)
         for attempt in range(1, self.attempts + 1):
             try:
@@ -155,9 +159,15 @@ class HubRepository:
                 if network_error(error) is None:
                     raise
                 if not may_pass(error) or attempt == self.attempts:
-                    kind = HubUnreachable if is_unanswered(error) else HubRefusal
-                    raise kind(self.explain(error)) from error
-                time.sleep(self.first_wait * 2 ** (attempt - 1))
+                    if is_unanswered(error):
+                        self._unreachable = HubUnreachable(self.explain(error))
+                        raise self._unreachable from error
+                    raise HubRefusal(self.explain(error)) from error
+                if wait := asked_to_wait(error):
+                    print(
+                        f"the Hub takes no more requests for {wait} seconds ({status_of(error)}): waiting", flush=True
+                    )
+                time.sleep(wait or self.first_wait * 2 ** (attempt - 1))
         raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
     def explain(self, error: BaseException) -> str:
@@ -181,12 +191,16 @@ class HubRepository:
             case None if is_offline(error):
                 return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
-                failed = f"the connection to the Hub failed {self.attempts} times"
+                failed = f"the connection to the Hub failed {self._times}"
                 return f"{failed} ({reason}): run the command again to resume"
             case _ if may_pass(error):
-                return f"the Hub failed {self.attempts} times ({status}): run the command again later to resume"
+                return f"the Hub failed {self._times} ({status}): run the command again later to resume"
             case _:
                 return f"the Hub refused the request ({status}): {reason}"
+
+    @property
+    def _times(self) -> str:
+        return "once" if self.attempts == 1 else f"{self.attempts} times"
 
     # Reading
 
@@ -200,9 +214,18 @@ class HubRepository:
         """The commit that a revision (this one's own, by default) names; None if there is none."""
         try:
             name = revision or self.revision
-            return self.ask(lambda: self.api.repo_info(self.repo_id, revision=name), expect=NOT_FOUND).sha
+            ask_info = partial(self.api.repo_info, self.repo_id, revision=name, timeout=HF_HUB_ETAG_TIMEOUT)
+            return self.ask(ask_info, expect=NOT_FOUND).sha
         except NOT_FOUND:
             return None
+
+    def answers(self) -> bool:
+        """Whether the Hub can be asked."""
+        try:
+            self.head()
+        except HubUnreachable:
+            return False
+        return True
 
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """Every file at a commit."""
@@ -348,6 +371,14 @@ def status_of(error: BaseException) -> int | None:
         return failure.status
     response = getattr(failure, "response", None)
     return None if response is None else response.status_code
+
+
+def asked_to_wait(error: BaseException) -> int | None:
+    """Seconds after which the Hub takes requests again, if its answer tells them."""
+    headers = getattr(getattr(network_error(error), "response", None), "headers", {})
+    limit = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("ratelimit", ""))
+    told = limit[1] if limit else headers.get("retry-after", "")
+    return int(told) if told.isdigit() else None
 
 
 def is_unanswered(error: BaseException) -> bool:

@@ -84,10 +84,11 @@ def publish(run: Run, settings: Publication) -> State | None:
         UserError: the run is not fit to publish, its folder cannot be written, or the Hub refused or does not hold
             what was sent.
     """
+    keep_layers = settings.allow_partial and not settings.overwrite
     hub = HubRepository(
-        settings.repo_id, settings.revision, keep_layers=settings.allow_partial and not settings.overwrite
+        settings.repo_id, settings.revision, keep_layers=keep_layers, attempts=1 if settings.dry_run else 5
     )
-    check_publishable(run, allow_partial=settings.allow_partial)
+    check_publishable(run, allow_partial=settings.allow_partial, offline=settings.dry_run and not hub.answers())
     if not settings.dry_run:
         hub.check_token()
     folder = build_repository(

@@ -87,12 +87,13 @@ class LocalFile:
     git_oid: str
 
 
-def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
+def check_publishable(run: Run, *, allow_partial: bool = False, offline: bool = False) -> None:
     """Finds a run fit to publish, or says all that is wrong with it.
 
     Args:
         run: the run, in a folder.
         allow_partial: let layers that the recipe names be missing, or fitted for fewer steps than it says.
+        offline: do not wait for a network to tell how many layers the base has.
 
     Raises:
         UnfitRun: all that is wrong with the run, a line each.
@@ -101,7 +102,7 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
     problems += [*run.export_problems(), *foreign_links(run), *unprintable_words(run), *disagreements(run)]
     problems += score_problems(run)
-    problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial=allow_partial)
+    problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial, offline)
     if problems:  # the same may keep several things from being read
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
 
@@ -144,10 +145,10 @@ def refusal(read: Callable[..., object], *arguments: object) -> list[str]:
     return []
 
 
-def recipe_problems(run: Run, *, allow_partial: bool) -> Iterator[str]:
+def recipe_problems(run: Run, allow_partial: bool, offline: bool) -> Iterator[str]:
     """What the run lacks of its recipe, or holds beyond it."""
     recipe, layers = run.recipe, run.layers
-    wanted = recipe.layer_indices() or all_layers(recipe, at_least=max(layers) + 1)
+    wanted = recipe.layer_indices() or all_layers(recipe, max(layers) + 1, offline)
     for layer in sorted(set(layers) - set(wanted)):
         yield f"layer_{layer} is not among the recipe's layers: remove it, if it is left from another fit"
     if allow_partial:
@@ -164,10 +165,11 @@ def recipe_problems(run: Run, *, allow_partial: bool) -> Iterator[str]:
                 )
 
 
-def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
+def all_layers(recipe: Recipe, at_least: int, offline: bool) -> list[int]:
     """Every layer of the recipe's base, or, if the base cannot be asked, which it says, up to the last fitted one."""
     try:
-        config = AutoConfig.from_pretrained(base_location(recipe.base), revision=recipe.base_revision)
+        place: dict[str, Any] = {"revision": recipe.base_revision, "local_files_only": offline}
+        config = AutoConfig.from_pretrained(base_location(recipe.base), **place)
         return list(range(config.get_text_config().num_hidden_layers))
     except (OSError, ValueError, AttributeError) as error:
         reason = one_line(error)
