@@ -311,14 +311,14 @@ class Run:
         """Writes the recipe and the code. What a killed process left half written is deleted, and, if the recipe says
         not to resume, so is what was there before; of files, only those that bear names of this package."""
         if not recipe.resume:
-            self._delete_fit()
+            self.delete_fit()
         for place in [self.folder, self.folder / CHECKPOINTS, *self.folder.glob("layer_*")]:
             for partial in place.glob(".*.partial"):
                 if PARTIAL.fullmatch(partial.name):
                     shutil.rmtree(partial)
         self.write_root({name: value for name, value in recipe.to_dict().items() if name != "overwrite"})
 
-    def _delete_fit(self) -> None:
+    def delete_fit(self) -> None:
         """Deletes what a fit has written; folders only if nothing else is in them."""
         folders = [path for path in self.folder.glob("layer_*") if re.fullmatch(r"layer_\d+", path.name)]
         files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
@@ -328,7 +328,7 @@ class Run:
         for folder in [*folders, self.folder / CHECKPOINTS]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        self._forget()
+        self.forget()
 
     def write_root(self, recipe_settings: dict[str, Any]) -> None:
         """Writes the recipe, and the code that makes the layers loadable."""
@@ -336,7 +336,7 @@ class Run:
             write_yaml(recipe_settings, scratch / RECIPE)
             for name in CODE_FILES:
                 shutil.copyfile(PACKAGE / name, scratch / name)
-        self._forget()
+        self.forget()
 
     def write_layers(
         self, transcoders: Sequence[BilinearTC], histories: Sequence[History], recipe: Recipe, facts: dict[str, Any]
@@ -369,15 +369,15 @@ class Run:
             save_weights(transcoder, scratch)
             write_yaml(settings, scratch / SETTINGS)
             write_history(history, scratch / HISTORY)
-        self._forget()
+        self.forget()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         with written_whole(self.folder) as scratch:
             text = json.dumps(evaluation.to_json(), indent=2) + "\n"
             (scratch / EVALUATION).write_text(text, encoding="utf-8")
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """What was read may have been overwritten."""
         self._kept.clear()
         for name in [n for n in vars(self) if isinstance(getattr(type(self), n, None), cached_property)]:
