@@ -106,7 +106,11 @@ class Recipe:
         "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run that is "
         "there, and starts anew.",
     )
-    overwrite: bool = option(False, "Let --no_resume delete a finished set.")
+    overwrite: bool = option(
+        False,
+        "Let --no_resume fit over a finished set, which goes once the new one is whole. Without --no_resume: resume "
+        "such a fit.",
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "The tracker to send each step's scores to."
     )
