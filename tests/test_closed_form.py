@@ -81,9 +81,9 @@ def test_it_beats_the_best_affine_map_where_the_mlp_is_smooth(base_name, request
 
 
 def test_unit_coefficients_are_each_neurons_least_squares_quadratic(neox):
-    weights = MLPWeights.of(neox.mlp(1))
     x = torch.randn(500, 16) * 2
     with torch.no_grad():
+        weights = MLPWeights.read(neox, 1, x, neox.mlp(1)(x))
         z = weights.gate(x)
         fit = ActivationFit(weights, Moments.of(z[:100]))
         fit.add(x[:100])
@@ -96,9 +96,9 @@ def test_unit_coefficients_are_each_neurons_least_squares_quadratic(neox):
 
 
 def test_gated_coefficients_are_the_least_squares_line_weighted_by_up(llama):
-    weights = MLPWeights.of(llama.mlp(0))
     x = torch.randn(500, 16)
     with torch.no_grad():
+        weights = MLPWeights.read(llama, 0, x, llama.mlp(0)(x))
         g, up = weights.gate(x), weights.up(x)
         fit = ActivationFit(weights, Moments.of(g))
         fit.add(x)

@@ -10,23 +10,29 @@ up², makes left = α + βg, right = up, head = the down column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.base import Base, is_linear, linear_maps
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.processes import sum_over_processes
 
-ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl")
+# activations that an MLP may call as functions, so that no module shows them
+FUNCTIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "tanh")
+READ_ROWS = 512  # rows that an MLP's reading is chosen on
+MOST_ERROR = 0.05  # of a reading, as a share of the MLP's output
 RIDGE = 1e-5
 MICRO_ROWS = 8192  # rows whose hidden units exist at once
 
@@ -59,36 +65,56 @@ class MLPWeights:
     act: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, mlp: nn.Module) -> MLPWeights:
-        """Reads an MLP's weights. UserError if it is neither a two-matrix nor a gated MLP of separate maps."""
-        maps = linear_maps(mlp)
-        act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
-        gate_name = next((name for name in maps if "gate" in name), None)
-        linears = list(maps.values())
-        if act is not None and len(maps) == 2 and gate_name is None:
-            return cls(Linear.of(linears[0]), None, Linear.of(linears[1]), act)
-        if act is not None and len(maps) == 3 and gate_name is not None:
-            up, down = (Linear.of(module) for name, module in maps.items() if name != gate_name)
-            return cls(Linear.of(maps[gate_name]), up, down, act)
-        raise UserError(
-            f"no closed-form start for {type(mlp).__name__} with the maps {', '.join(maps)}: expected two, or a gated "
-            "three, and an activation; fit it with --init random"
-        )
+    def read(cls, base: Base, layer: int, x: Tensor, y: Tensor) -> MLPWeights:
+        """The reading of a layer's MLP that gives its outputs for its inputs, whatever its parts are called.
+
+        UserError if there is none: the MLP is neither plain nor gated.
+
+        Args:
+            base, layer: where the MLP is.
+            x, y: this process's share of rows, maybe none: inputs [rows, n_inputs] and outputs [rows, n_outputs].
+        """
+        parts, x, y = base.parts(layer), x.float(), y.float()
+        own = [part for part in parts if not is_linear(part) and all(p.numel() == 1 for p in part.parameters())]
+        reason = f"expected two linear maps, or a gated three, got {len(linear_maps(parts))}"
+        for acts in (own, [ACT2FN[name] for name in FUNCTIONS]):
+            readings = [cls(*roles, act) for roles in roles_of(parts, x.shape[1], y.shape[1]) for act in acts]
+            if readings:
+                sizes = torch.stack([t.square().sum(dtype=torch.float64) for t in (y, *(r(x) - y for r in readings))])
+                total, *errors = sum_over_processes(sizes)
+                error, best = (torch.stack(errors) / total).sqrt().nan_to_num(math.inf).min(0)
+                if error < MOST_ERROR:
+                    return readings[best]
+                reason = f"read as a plain or gated MLP, its weights miss its outputs by {error:.0%}"
+        raise UserError(f"no closed-form start for {base.mlp_path(layer)}: {reason}; fit it with --init random")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.gate(x))
+        return self.down(hidden if self.up is None else hidden * self.up(x))
 
     @property
     def width(self) -> int:
         return len(self.gate.weight)
 
-    def check(self, x: Tensor, y: Tensor, path: str) -> None:
-        """Raises UserError if these weights do not give the MLP's outputs y for its inputs x."""
-        hidden = self.act(self.gate(x.float()))
-        predicted = self.down(hidden if self.up is None else hidden * self.up(x.float()))
-        error = (predicted - y.float()).norm() / y.float().norm()
-        if not error < 0.05:
-            raise UserError(
-                f"no closed-form start for {path}: read as a plain or gated MLP, its weights miss its outputs by "
-                f"{error:.0%}; fit it with --init random"
-            )
+
+def roles_of(parts: Sequence[nn.Module], n_inputs: int, n_outputs: int) -> list[tuple[Linear, Linear | None, Linear]]:
+    """Every way to take an MLP's linear maps for its gate, up and down that fits their widths; a gate and an up may be
+    the halves of one map, in either order."""
+    maps = [Linear.of(module) for module in linear_maps(parts)]
+    ways: list[tuple[Linear, Linear | None, Linear]] = []
+    for gate, *others in permutations(maps) if len(maps) in (2, 3) else []:
+        if len(others) == 2:
+            ways.append((gate, others[0], others[1]))
+        else:
+            half = len(gate.weight) // 2
+            upper, lower = (Linear(gate.weight[rows], gate.bias[rows]) for rows in (slice(half), slice(half, None)))
+            ways += [(gate, None, others[0]), (upper, lower, others[0]), (lower, upper, others[0])]
+    return [
+        (gate, up, down)
+        for gate, up, down in ways
+        if gate.weight.shape == (down.weight.shape[1], n_inputs) == (gate if up is None else up).weight.shape
+        and len(down.weight) == n_outputs
+    ]
 
 
 class ActivationFit:
@@ -232,7 +258,6 @@ def closed_form_start(stack: Stack, base: Base, calibration: Callable[[str], Ite
 
 def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) -> None:
     """Sets the stack's moments and statistics, and every unit from the activation that its neuron shows."""
-    weights = [MLPWeights.of(base.mlp(layer)) for layer in base.layers]
     fits: list[ActivationFit] = []
     for activations in calibration:
         inputs, outputs = (moments.over_processes() for moments in activations.moments())
@@ -241,11 +266,9 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
         for index, layer in enumerate(base.layers):
             x = activations.x[index]
             if len(fits) == index:
-                x_first, y_first = x[:MICRO_ROWS], activations.y[index][:MICRO_ROWS]
-                if len(x_first):
-                    weights[index].check(x_first, y_first, base.mlp_path(layer))
-                first = Moments.of(weights[index].gate(x_first.float())).over_processes()
-                fits.append(ActivationFit(weights[index], first))
+                weights = MLPWeights.read(base, layer, x[:READ_ROWS], activations.y[index][:READ_ROWS])
+                first = Moments.of(weights.gate(x[:MICRO_ROWS].float())).over_processes()
+                fits.append(ActivationFit(weights, first))
             for rows in x.split(MICRO_ROWS):
                 fits[index].add(rows.float())
     stack.set_statistics()

@@ -90,11 +90,10 @@ class Curve:
 def harden(base: Base, factor: float) -> None:
     """Scales the pre-activations of every two-matrix MLP up, and its outputs down, by the same factor."""
     for layer in range(base.num_layers):
-        mlp = base.mlp(layer)
-        maps = linear_maps(mlp)
+        maps = linear_maps(base.parts(layer))
         if len(maps) != 2:
-            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(maps)}")
-        first, last = maps.values()
+            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {len(maps)} linear maps")
+        first, last = maps
         first.weight.mul_(factor)
         first.bias.mul_(factor)
         last.weight.div_(factor)
