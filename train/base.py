@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -14,18 +12,25 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from bilinear_tc.modeling_bilinear_tc import Site, site_names, tensors_in
+from bilinear_tc.modeling_bilinear_tc import Site
 from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.mlps import (
+    find_mlps,
+    linear_maps,
+    map_of,
+    map_widths,
+    named_mlps,
+    parts_between,
+    path_of,
+    short_pass,
+    without_residual,
+)
 from bilinear_tc.train.recipe import Recipe
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 # transformers 4.56 renamed the argument, and 5 warns of the old name
 DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-MLP_NAMES = re.compile(r"(mlp|ffn|feed_forward|feedforward|ff)", re.IGNORECASE)
-MLP_CLASSES = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
-PAIRS = [("fc1", "fc2"), ("intermediate.dense", "output.dense")]  # MLPs that are no module: OPT's and BART's, BERT's
 
 
 def base_location(name: str) -> str:
@@ -56,14 +61,6 @@ def cached_commit(location: str, revision: str | None) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-class Call(NamedTuple):
-    """A module that ran: the tensors that it was given, and what it returned."""
-
-    module: nn.Module
-    tensors: list[Tensor]
-    output: Any
-
-
 class Base:
     """A frozen decoder in evaluation mode, and the MLPs of the layers that were asked for.
 
@@ -87,17 +84,27 @@ class Base:
         self.commit: str | None = None
         self.tokenizer = tokenizer
         found = find_mlps(model) if mlp_path is None else named_mlps(model, mlp_path)
-        calls = self._look()
+        calls = short_pass(model)
         ran = {call.module for call in calls}
-        runs = {name: sum(model.get_submodule(enter) in ran for enter, _ in found[name].values()) for name in found}
+        runs = {
+            name: sum(model.get_submodule(enter) in ran for enter, _ in mlps.values()) for name, mlps in found.items()
+        }
         self._blocks_name = max(found, key=lambda name: runs[name])  # a vision tower never runs on text
-        self._ends = {layer: self._own_ends(ends, calls) for layer, ends in found[self._blocks_name].items()}
+        mlps = {layer: without_residual(model, ends, calls) for layer, ends in found[self._blocks_name].items()}
+        self._ends, self._parts = mlps, {layer: parts_between(model, ends, calls) for layer, ends in mlps.items()}
         self.num_layers = sum(1 for _ in model.get_submodule(self._blocks_name).children())
-        self.layers = check_layers(layers, self.num_layers, self._ends)
-        self.n_inputs, self.n_outputs = self._check_mlps(calls)
-        self._parts = {layer: self._parts_of(layer, calls) for layer in self._ends}
-        widths = (width for module in linear_maps(self.parts(self.layers[0])) for width in map_widths(module))
-        self.widest_map = max([self.n_inputs, self.n_outputs, *widths])
+        self.layers = check_layers(layers, self.num_layers, mlps)
+        widths = {layer: map_of(model, mlps[layer], calls) for layer in self.layers}
+        first = self.layers[0]
+        for layer in self.layers:
+            if widths[layer] != widths[first]:
+                raise UserError(
+                    f"{self.mlp_path(layer)} maps other widths than {self.mlp_path(first)}: expected the same of all "
+                    "layers; fit those that are alike with --layers"
+                )
+        self.n_inputs, self.n_outputs = widths[first]
+        inside = (width for module in linear_maps(self.parts(first)) for width in map_widths(module))
+        self.widest_map = max([self.n_inputs, self.n_outputs, *inside])
 
     @classmethod
     def load(
@@ -161,11 +168,7 @@ class Base:
 
     def mlp_path(self, layer: int) -> str:
         """The MLP's path from the causal language model, as `Site` reads it: `gpt_neox.layers.3.mlp`, or a pair."""
-        enter, leave = self._ends[layer]
-        parents = enter.split(".")
-        while not leave.startswith(".".join([*parents, ""])) and parents:
-            parents.pop()  # to what the two have in common
-        return enter if enter == leave else f"{enter}:{leave.removeprefix('.'.join([*parents, '']))}"
+        return path_of(self._ends[layer])
 
     def site(self, layer: int) -> Site:
         return Site(*map(self.model.get_submodule, self._ends[layer]))
@@ -232,133 +235,10 @@ class Base:
             for layer in self.layers:
                 stack.enter_context(self.site(layer).replaced(visiting(layer)))
             self.model.base_model(input_ids=input_ids, use_cache=False)
-        self._check_all_seen(seen)
-
-    def _check_all_seen(self, seen: Collection[int]) -> None:
-        for layer in self.layers:
-            if layer not in seen:
-                raise UserError(
-                    f"the forward pass never came to {self.mlp_path(layer)}: expected a decoder that runs each of its "
-                    f"{self.num_layers} layers on text; leave this layer out with --layers"
-                )
-
-    @torch.no_grad()
-    def _look(self) -> list[Call]:
-        """Every call of a module in a forward pass over four tokens, in the order in which they ended."""
-        calls: list[Call] = []
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            kept = output.clone() if isinstance(output, Tensor) else output  # some decoders (Falcon) add to it in place
-            calls.append(Call(module, tensors_in(args, kwargs), kept))
-
-        handles = [module.register_forward_hook(note, with_kwargs=True) for module in self.model.base_model.modules()]
-        input_ids = torch.arange(4, device=self.model.device) % self.model.config.get_text_config().vocab_size
-        try:
-            self.model.base_model(input_ids=input_ids[None], use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls
-
-    def _own_ends(self, ends: tuple[str, str], calls: list[Call]) -> tuple[str, str]:
-        """The ends of what an MLP says alone: its first and last map if it adds a tensor that it is given to that, such
-        as the residual stream (BLOOM, MPT)."""
-        mlp = self.model.get_submodule(ends[0])
-        names = {module: name for name, module in mlp.named_modules(prefix=ends[0])}
-        maps = [call for call in calls if call.module in names and is_linear(call.module)]
-        for whole in (call for call in calls if call.module is mlp and ends[0] == ends[1]):
-            for last in maps:
-                if not is_sum([last.output], whole.output) and any(
-                    is_sum([tensor, last.output], whole.output) for tensor in whole.tensors
-                ):
-                    return names[maps[0].module], names[last.module]
-        return ends
-
-    def _parts_of(self, layer: int, calls: list[Call]) -> list[str]:
-        """Names of the modules without children that run between an MLP's ends."""
-        first, last = ({*end.modules()} for end in self.site(layer))
-        leaves = [call.module for call in calls if not any(call.module.children())]
-        starts = [index for index, module in enumerate(leaves) if module in first]
-        stops = [index for index, module in enumerate(leaves) if module in last]
-        names = {module: name for name, module in self.model.named_modules()}
-        return [names[module] for module in leaves[starts[0] : stops[-1] + 1]] if starts and stops else []
-
-    def _check_mlps(self, calls: list[Call]) -> tuple[int, int]:
-        """Width of the MLPs' inputs and outputs.
-
-        Raises:
-            UserError: if a layer's MLP is not run exactly once a pass, is anything but a map of one tensor to one, or
-                maps other widths than the first.
-        """
-        self._check_all_seen(
-            {layer for layer in self.layers for call in calls if call.module is self.site(layer).leave}
-        )
-        widths = {layer: self._widths(layer, calls) for layer in self.layers}
-        first = self.layers[0]
-        for layer in self.layers:
-            if widths[layer] != widths[first]:
-                raise UserError(
-                    f"{self.mlp_path(layer)} maps other widths than {self.mlp_path(first)}: expected the same of all "
-                    "layers; fit those that are alike with --layers"
-                )
-        return widths[first]
-
-    def _widths(self, layer: int, calls: list[Call]) -> tuple[int, int]:
-        """Width of an MLP's input and output, UserError if it is no map of one tensor to one."""
-        (first, *again), (last, *_) = ([call for call in calls if call.module is end] for end in self.site(layer))
-        tensors, output = first.tensors, last.output
-        if len(tensors) != 1 or not isinstance(output, Tensor) or tensors[0].shape[:-1] != output.shape[:-1] or again:
-            came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        for layer in set(self.layers) - seen:
             raise UserError(
-                f"{self.mlp_path(layer)} ({type(last.module).__name__}) cannot be fitted: expected a map of one "
-                f"tensor [sequences, tokens, width] to one, run once, got {len(tensors)} tensors in and {came} out, "
-                f"{1 + len(again)} times; choose other layers with --layers, another module with --mlp_path, or "
-                "another base"
+                f"the forward pass never came to {self.mlp_path(layer)}, as it did when the base was loaded"
             )
-        return tensors[0].shape[-1], output.shape[-1]
-
-
-def find_mlps(model: nn.Module) -> dict[str, dict[int, tuple[str, str]]]:
-    """Of each list of layers in a model that holds MLPs: by layer, the names of the two ends of its MLP."""
-    found = {
-        name: {layer: own for layer, block in enumerate(blocks) if (own := mlp_in(f"{name}.{layer}", block))}
-        for name, blocks in model.named_modules()
-        if isinstance(blocks, nn.ModuleList)
-    }
-    found = {name: mlps for name, mlps in found.items() if mlps}
-    if not found:
-        raise UserError(
-            f"no MLPs found in {type(model).__name__}: expected a ModuleList of layers that each have a child module "
-            "named mlp, ffn or feed_forward, or maps named fc1 and fc2; say where they are with --mlp_path"
-        )
-    return found
-
-
-def mlp_in(name: str, block: nn.Module) -> tuple[str, str] | None:
-    """The names of the ends of a layer's MLP: of a child that is called so, of a pair of maps, or of a child whose
-    class is called so."""
-    children = dict(block.named_children())
-    own = [child for child in children if MLP_NAMES.fullmatch(child)]
-    inside = {where for where, _ in block.named_modules()}
-    pairs = [pair for pair in PAIRS if inside.issuperset(pair)]
-    classes = [child for child, module in children.items() if MLP_CLASSES.search(type(module).__name__)]
-    ends = next(iter([*zip(own, own, strict=True), *pairs, *zip(classes, classes, strict=True)]), None)
-    return ends and (f"{name}.{ends[0]}", f"{name}.{ends[1]}")
-
-
-def named_mlps(model: nn.Module, mlp_path: str) -> dict[str, dict[int, tuple[str, str]]]:
-    """As `find_mlps`, where a path such as `model.layers.{}.mlp` says; UserError if no layer has a module there."""
-    modules = dict(model.named_modules())
-    blocks = mlp_path.partition(".{}")[0]
-    count = len([*modules[blocks].children()]) if blocks in modules else 0
-    paths = {layer: site_names(modules, mlp_path.replace("{}", str(layer))) for layer in range(count)}
-    found = {layer: ends for layer, ends in paths.items() if ends}
-    if not found or "{}" not in mlp_path:
-        raise UserError(
-            f"mlp_path {mlp_path!r} names no modules of {type(model).__name__}: expected a path with {{}} for the "
-            "layer, such as model.layers.{}.mlp, or two with a colon between, such as model.layers.{}.fc1:fc2"
-        )
-    return {blocks: found}
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int, holding: Collection[int] | None = None) -> list[int]:
@@ -377,26 +257,3 @@ def check_layers(layers: Sequence[int] | None, num_layers: int, holding: Collect
             f"--layers {','.join(map(str, holding))}"
         )
     return asked
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def linear_maps(parts: Sequence[nn.Module]) -> list[nn.Linear | Conv1D]:
-    return [module for module in parts if isinstance(module, (nn.Linear, Conv1D))]
-
-
-def is_sum(terms: Sequence[Any], output: Any) -> bool:
-    """Whether an output is the sum of tensors of its own shape, up to rounding."""
-    if not all(
-        isinstance(term, Tensor) and isinstance(output, Tensor) and term.shape == output.shape for term in terms
-    ):
-        return False
-    return torch.allclose(torch.stack([*terms]).sum(0), output, rtol=1e-2, atol=1e-4)
-
-
-def map_widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Width of a linear map's input and of its output; GPT-2's keeps its weight transposed."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)

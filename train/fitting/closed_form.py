@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.base import Base, is_linear, linear_maps
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.stack import Stack
+from bilinear_tc.train.mlps import is_linear, linear_maps
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.processes import sum_over_processes
 
@@ -86,7 +87,9 @@ class MLPWeights:
                 if error < MOST_ERROR:
                     return readings[best]
                 reason = f"read as a plain or gated MLP, its weights miss its outputs by {error:.0%}"
-        raise UserError(f"no closed-form start for {base.mlp_path(layer)}: {reason}; fit it with --init random")
+        raise UserError(
+            f"no closed-form start for {base.mlp_path(layer)}: {reason}; fit it with --init random, or leave it out with --layers"
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         hidden = self.act(self.gate(x))

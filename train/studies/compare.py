@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.fitting.fitter import Fitter
+from bilinear_tc.train.mlps import linear_maps
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
