@@ -86,10 +86,11 @@ class Base:
         found = find_mlps(model) if mlp_path is None else named_mlps(model, mlp_path)
         calls = short_pass(model)
         ran = {call.module for call in calls}
-        runs = {
-            name: sum(model.get_submodule(enter) in ran for enter, _ in mlps.values()) for name, mlps in found.items()
-        }
-        self._blocks_name = max(found, key=lambda name: runs[name])  # a vision tower never runs on text
+
+        def runs(blocks: str) -> int:
+            return sum(model.get_submodule(enter) in ran for enter, _ in found[blocks].values())
+
+        self._blocks_name = max(found, key=runs)  # a vision tower never runs on text
         mlps = {layer: without_residual(model, ends, calls) for layer, ends in found[self._blocks_name].items()}
         self._ends, self._parts = mlps, {layer: parts_between(model, ends, calls) for layer, ends in mlps.items()}
         self.num_layers = sum(1 for _ in model.get_submodule(self._blocks_name).children())
@@ -186,6 +187,8 @@ class Base:
 
         The language model as such is spent afterwards: only `activations` may be called.
         """
+        if self._blocks_name == self._ends[self.layers[0]][0].rpartition(".")[0]:
+            return  # a list of MLPs alone (XLM), which the decoder counts on
         parent_name, _, name = self._blocks_name.rpartition(".")
         blocks = self.model.get_submodule(self._blocks_name)
         setattr(self.model.get_submodule(parent_name), name, blocks[: self.layers[-1] + 1])
@@ -236,9 +239,7 @@ class Base:
                 stack.enter_context(self.site(layer).replaced(visiting(layer)))
             self.model.base_model(input_ids=input_ids, use_cache=False)
         for layer in set(self.layers) - seen:
-            raise UserError(
-                f"the forward pass never came to {self.mlp_path(layer)}, as it did when the base was loaded"
-            )
+            raise UserError(f"the forward pass never came to {self.mlp_path(layer)}, as it did when it was loaded")
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int, holding: Collection[int] | None = None) -> list[int]:

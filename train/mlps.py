@@ -51,7 +51,8 @@ def short_pass(model: PreTrainedModel) -> list[Call]:
         model.base_model(input_ids=input_ids, use_cache=False)
     except Exception as error:  # whatever a model's own code raises
         raise UserError(
-            f"{type(model).__name__} does not run: expected a decoder that needs token ids alone, got: {one_line(error)}"
+            f"{type(model).__name__} does not run: expected a decoder that takes token ids alone, got: "
+            f"{one_line(error)}"
         ) from error
     finally:
         for handle in handles:

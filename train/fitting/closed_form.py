@@ -87,8 +87,9 @@ class MLPWeights:
                 if error < MOST_ERROR:
                     return readings[best]
                 reason = f"read as a plain or gated MLP, its weights miss its outputs by {error:.0%}"
+        path = base.mlp_path(layer)
         raise UserError(
-            f"no closed-form start for {base.mlp_path(layer)}: {reason}; fit it with --init random, or leave it out with --layers"
+            f"no closed-form start for {path}: {reason}; fit it with --init random, or others with --layers"
         )
 
     def __call__(self, x: Tensor) -> Tensor:
