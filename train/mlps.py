@@ -5,6 +5,7 @@ Names tell where to look, and a short forward pass tells what is there.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from bilinear_tc.train.errors import UserError, one_line
 MLP_NAMES = re.compile(r"(mlp|ffn|feed_forward|feedforward|ff)", re.IGNORECASE)
 MLP_CLASSES = re.compile(r".*(mlp|ffn|feed_?forward)", re.IGNORECASE)
 PAIRS = [("fc1", "fc2"), ("intermediate.dense", "output.dense")]  # MLPs that are no module: OPT's and BART's, BERT's
-TOKENS = 4  # of the short pass
+SHORT = (2, 3)  # sequences and tokens of the short pass
 
 Ends = tuple[str, str]  # the full names of the two modules; mostly the same
 
@@ -46,9 +47,9 @@ def short_pass(model: PreTrainedModel) -> list[Call]:
         calls.append(Call(module, tensors_in(args, kwargs), kept))
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.base_model.modules()]
-    input_ids = torch.arange(TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    input_ids = torch.arange(math.prod(SHORT), device=model.device).view(SHORT)
     try:
-        model.base_model(input_ids=input_ids, use_cache=False)
+        model.base_model(input_ids=input_ids % model.config.get_text_config().vocab_size, use_cache=False)
     except Exception as error:  # whatever a model's own code raises
         raise UserError(
             f"{type(model).__name__} does not run: expected a decoder that takes token ids alone, got: "
@@ -149,8 +150,8 @@ def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, in
             "leave this layer out with --layers"
         )
     tensors, output = entered[0].tensors, left[0].output
-    rows = [tensor.shape[:-1].numel() if isinstance(tensor, Tensor) else 0 for tensor in (*tensors, output)]
-    if rows != [TOKENS, TOKENS] or len(entered) > 1:
+    one_to_one = len(tensors) == 1 and isinstance(output, Tensor) and tensors[0].shape[:-1] == output.shape[:-1]
+    if not one_to_one or output.shape[:-1] not in (SHORT, (math.prod(SHORT),)) or len(entered) > 1:
         came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
             f"{path_of(ends)} ({type(leave).__name__}) cannot be fitted: expected a map of one tensor [sequences, "
