@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,39 @@ class Spectrum(NamedTuple):
 
     eigenvalues: Tensor  # [..., n_inputs]
     eigenvectors: Tensor  # [..., n_inputs, n_inputs]; column k, [..., :, k], belongs to eigenvalue k
+
+
+class Site(NamedTuple):
+    """Where an MLP is in a base: its input enters one module, and its output leaves one, mostly the same.
+
+    A site's path is the module's, `model.layers.3.mlp`, or two with a colon between, `model.layers.3.fc1:fc2`: the
+    second is looked up from the parents of the first, the nearest before the others.
+    """
+
+    enter: nn.Module
+    leave: nn.Module
+
+    @contextmanager
+    def replaced(self, stand_in: Callable[[list[Tensor], Callable[[], Any]], Any]) -> Iterator[None]:
+        """While the context lasts, `stand_in(entered, true)` says what leaves the MLP: it is given the tensors that
+        entered, and a function that gives what the MLP itself says."""
+        pending: list[list[Tensor]] = []
+        true_enter, true_leave = (_true_forward(module) for module in self)
+
+        def enter(*args: Any, **kwargs: Any) -> Any:
+            pending.append(tensors_in(args, kwargs))
+            return true_enter(*args, **kwargs)
+
+        def leave(*args: Any, **kwargs: Any) -> Any:
+            if self.leave is self.enter:
+                return stand_in(tensors_in(args, kwargs), lambda: true_leave(*args, **kwargs))
+            return stand_in(pending.pop() if pending else [], lambda: true_leave(*args, **kwargs))
+
+        with ExitStack() as stack:
+            if self.leave is not self.enter:
+                stack.enter_context(_forward_replaced(self.enter, enter))
+            stack.enter_context(_forward_replaced(self.leave, leave))
+            yield
 
 
 class BilinearTC(PreTrainedModel):
@@ -131,8 +164,7 @@ class BilinearTC(PreTrainedModel):
         """Run the base up to this layer's MLP, and return what enters and leaves it.
 
         Inside `attached` the input is the one that the base as spliced produces, and the output is still the true
-        MLP's on it. If the MLP takes the residual stream too and adds it itself (BLOOM, MPT), the output is what it
-        adds to it.
+        MLP's on it.
 
         Args:
             base: the language model, with its language-model head or without.
@@ -145,18 +177,12 @@ class BilinearTC(PreTrainedModel):
             ValueError: the base does not have this transcoder's MLP, or it takes or returns something else.
             RuntimeError: the forward pass never came to that MLP.
         """
-        mlp = self._find_mlp(base)
-        true_forward = _true_forward(mlp)
 
-        def record(*args: Any, **kwargs: Any) -> None:
-            x, residual = self._input_and_residual(args, kwargs)
-            y = true_forward(*args, **kwargs)
-            if residual is not None:
-                y = self._added(true_forward, x, residual, y)
-            raise _Captured(x, y)
+        def record(entered: list[Tensor], true: Callable[[], Any]) -> None:
+            raise _Captured(self._input(entered), true())
 
         try:
-            with _forward_replaced(mlp, record), _eager():
+            with self._find_site(base).replaced(record), _eager():
                 base(*args, **inputs)
         except _Captured as captured:
             x, y = captured.args
@@ -165,15 +191,17 @@ class BilinearTC(PreTrainedModel):
         self._check_mlp_output(y)
         if (x.shape[-1], y.shape[-1]) != (self.config.n_inputs, self.config.n_outputs):
             raise ValueError(f"{self._belongs()} in this base it maps width {x.shape[-1]} to {y.shape[-1]}.")
-        return x, y
+        batch = tensors_in(args, inputs)[0].shape[:2] if x.ndim == 2 else x.shape[:-1]  # some decoders (OPT) flatten it
+        return x.reshape(*batch, -1), y.reshape(*batch, -1)
 
     @contextmanager
     def attached(self, base: nn.Module) -> Iterator[nn.Module]:
         """While the context lasts, the base runs with this transcoder in place of its MLP.
 
-        The base's modules, parameters and hooks stay as they are: only the MLP's `forward` is replaced, and put back on
-        exit, also after an exception. The transcoder computes on its own device and in its own dtype; its output
-        goes to the device and dtype of the MLP's input. Gradients flow through it. Contexts may be nested.
+        The base's modules, parameters and hooks stay as they are: only the MLP's `forward` is replaced (of an MLP that
+        is no module, those of its two ends), and put back on exit, also after an exception. The transcoder computes on
+        its own device and in its own dtype; its output goes to the device and dtype of the MLP's input. Gradients flow
+        through it. Contexts may be nested.
 
         Args:
             base: the language model, with its language-model head or without.
@@ -183,19 +211,16 @@ class BilinearTC(PreTrainedModel):
 
         Raises:
             ValueError: the base does not have this transcoder's MLP, its widths differ, or it takes or returns more
-                than one tensor (beside the residual stream, if it adds that to its output).
+                than one tensor.
         """
-        mlp = self._find_mlp(base)
-        adds_residual = self._check_replaceable(mlp, base)
+        site = self._find_site(base)
+        self._check_replaceable(site, base)
 
-        def stand_in(*args: Any, **kwargs: Any) -> Tensor:
-            x, residual = self._input_and_residual(args, kwargs)
-            if (residual is not None) != adds_residual:
-                raise ValueError(f"{self._belongs()} in this base it takes a second tensor, and does not just add it.")
-            y = self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
-            return y if residual is None else residual + y
+        def stand_in(entered: list[Tensor], _true: Callable[[], Any]) -> Tensor:
+            x = self._input(entered)
+            return self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
 
-        with _forward_replaced(mlp, stand_in):
+        with site.replaced(stand_in):
             yield base
 
     @torch.no_grad()
@@ -298,7 +323,7 @@ class BilinearTC(PreTrainedModel):
             constant=g @ (left_bias * right_bias) + u @ raw["head.bias"],
         )
 
-    def _find_mlp(self, base: nn.Module) -> nn.Module:
+    def _find_site(self, base: nn.Module) -> Site:
         """This transcoder's MLP in a causal language model, in the inner model of one, or in a wrapper (torch.compile,
         peft) of either."""
         path = self.config.mlp_path
@@ -311,13 +336,10 @@ class BilinearTC(PreTrainedModel):
             raise ValueError(f"The base must be a loaded model (a torch module), not {type(base).__name__}.")
         modules = dict(base.named_modules())
         inner_path = path.removeprefix(f"{getattr(base, 'base_model_prefix', '')}.")
-        for name in (path, inner_path):
-            if name in modules:
-                return modules[name]
-            wrapped = [module for where, module in modules.items() if where.endswith(f".{name}")]
-            if len(wrapped) == 1:
-                return wrapped[0]
-        raise ValueError(f"{self._belongs()} this base ({type(base).__name__}) has no module of that name.")
+        names = site_names(modules, path) or site_names(modules, inner_path)
+        if names is None:
+            raise ValueError(f"{self._belongs()} this base ({type(base).__name__}) has no module of that name.")
+        return Site(*(modules[name] for name in names))
 
     def _belongs(self) -> str:
         home = f" of {self.config.base_model}" if self.config.base_model else ""
@@ -326,22 +348,19 @@ class BilinearTC(PreTrainedModel):
             f"from width {self.config.n_inputs} to {self.config.n_outputs}, but"
         )
 
-    def _check_replaceable(self, mlp: nn.Module, base: nn.Module) -> bool:
-        """Try the true MLP on one row of zeros: no reading of its weights could tell as surely what it takes and
-        returns. True if it takes the residual stream too, and adds it to its output."""
-        weights = [*mlp.parameters(), *base.parameters()]
+    def _check_replaceable(self, site: Site, base: nn.Module) -> None:
+        """Try the true MLP (of a pair, its last map on its first's output) on one row of zeros: no reading of its
+        weights could tell as surely what it takes and returns."""
+        weights = [*site.enter.parameters(), *base.parameters()]
         device = torch.device("cpu") if weights[0].is_meta else weights[0].device  # an offloaded MLP's hook moves it
         dtype = next(w.dtype for w in weights if w.is_floating_point() and w.dtype.itemsize > 1)  # not quantized
-        zeros = torch.zeros(1, 1, self.config.n_inputs, dtype=dtype, device=device)
+        y: Any = torch.zeros(1, 1, self.config.n_inputs, dtype=dtype, device=device)
         generators = [device] if device.type == "cuda" else []
-        forward, adds_residual = _true_forward(mlp), False
         try:
-            with torch.no_grad(), _hooks_silenced(mlp), torch.random.fork_rng(generators):
-                try:
-                    y = forward(zeros)
-                except TypeError:  # one that needs the residual stream too
-                    residual, adds_residual = torch.ones_like(zeros), True
-                    y = self._added(forward, zeros, residual, forward(zeros, residual))
+            with torch.no_grad(), torch.random.fork_rng(generators):
+                for module in dict.fromkeys(site):
+                    with _hooks_silenced(module):
+                        y = _true_forward(module)(y)
         except torch.cuda.OutOfMemoryError:  # a RuntimeError that tells nothing about widths
             raise
         except (RuntimeError, TypeError, ValueError) as error:
@@ -352,25 +371,15 @@ class BilinearTC(PreTrainedModel):
         self._check_mlp_output(y)
         if y.shape[-1] != self.config.n_outputs:
             raise ValueError(f"{self._belongs()} in this base it returns width {y.shape[-1]}.")
-        return adds_residual
-
-    def _added(self, forward: Callable[..., Any], x: Tensor, residual: Tensor, y: Any) -> Tensor:
-        """What an MLP that gives y for x and the residual stream adds to the latter; ValueError if it does not add."""
-        added = forward(x, torch.zeros_like(residual))
-        if not isinstance(y, Tensor) or not torch.allclose(residual + added, y, rtol=1e-2, atol=1e-4):
-            raise ValueError(f"{self._belongs()} in this base it takes a second tensor, and does not just add it.")
-        return added
 
     def _check_mlp_output(self, y: Any) -> None:
         if not isinstance(y, Tensor):
             raise ValueError(f"{self._belongs()} in this base it returns a {type(y).__name__}, not one tensor.")
 
-    def _input_and_residual(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The MLP's input and, of an MLP that adds it to its output itself, the residual stream."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not 1 <= len(tensors) <= 2 or tensors[0].shape[:-1] != tensors[-1].shape[:-1]:
-            raise ValueError(f"{self._belongs()} in this base it takes {len(tensors)} tensors, not one.")
-        return tensors[0], tensors[1] if len(tensors) == 2 else None
+    def _input(self, entered: list[Tensor]) -> Tensor:
+        if len(entered) != 1:
+            raise ValueError(f"{self._belongs()} in this base it takes {len(entered)} tensors, not one.")
+        return entered[0]
 
     def _init_weights(self, module: nn.Module) -> None:
         """torch's own initialization of a Linear, uniform in ±1/√fan_in, and identity statistics; what a checkpoint
@@ -400,8 +409,26 @@ class BilinearTC(PreTrainedModel):
         return self
 
 
+def site_names(modules: Collection[str], path: str) -> tuple[str, str] | None:
+    """The full names of a site's two modules among a base's, or those of a wrapper of it; None if it has none such."""
+    enter, _, leave = path.partition(":")
+    wrapped = [name for name in modules if name.endswith(f".{enter}")]
+    for first in [enter] if enter in modules else wrapped if len(wrapped) == 1 else []:
+        parents = first.split(".")[:-1]
+        for depth in range(len(parents), -1, -1):
+            last = ".".join([*parents[:depth], leave]) if leave else first
+            if last in modules:
+                return first, last
+    return None
+
+
 class _Captured(Exception):
     """Stops a forward pass once the MLP has run; carries the MLP's input and output."""
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
 def _true_forward(mlp: nn.Module) -> Callable[..., Any]:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.fitting.closed_form import ActivationFit, MLPWeights, closed_form_start, share_scale, units
+from bilinear_tc.train.fitting.closed_form import ActivationFit, closed_form_start, share_scale, units
 from bilinear_tc.train.fitting.fitter import make_transcoders
+from bilinear_tc.train.fitting.mlp_weights import MLPWeights
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.recipe import Recipe
@@ -81,9 +82,9 @@ def test_it_beats_the_best_affine_map_where_the_mlp_is_smooth(base_name, request
 
 
 def test_unit_coefficients_are_each_neurons_least_squares_quadratic(neox):
-    weights = MLPWeights.of(neox.mlp(1))
     x = torch.randn(500, 16) * 2
     with torch.no_grad():
+        weights = MLPWeights.read(neox, 1, x, neox.mlp(1)(x))
         z = weights.gate(x)
         fit = ActivationFit(weights, Moments.of(z[:100]))
         rows = torch.rand(500)
@@ -98,9 +99,9 @@ def test_unit_coefficients_are_each_neurons_least_squares_quadratic(neox):
 
 
 def test_gated_coefficients_are_the_least_squares_line_weighted_by_up(llama):
-    weights = MLPWeights.of(llama.mlp(0))
     x = torch.randn(500, 16)
     with torch.no_grad():
+        weights = MLPWeights.read(llama, 0, x, llama.mlp(0)(x))
         g, up = weights.gate(x), weights.up(x)
         fit = ActivationFit(weights, Moments.of(g))
         fit.add(x, torch.ones(500))
@@ -155,7 +156,7 @@ def test_an_mlp_of_another_kind_is_refused(neox):
     mlp = neox.mlp(2)
     true_forward = mlp.forward
     mlp.forward = lambda x: true_forward(x) + 3 * x
-    with pytest.raises(ValueError, match=r"no closed-form start for gpt_neox.layers.2.mlp.*--init random"):
+    with pytest.raises(ValueError, match=r"weights of gpt_neox.layers.2.mlp cannot be read.*--init random"):
         start(neox)
 
 

@@ -535,7 +535,7 @@ def test_a_base_that_does_not_fit_is_refused_with_a_sentence(use, config, make, 
     ("mlp", "call", "sentence"),
     [
         (TupleMLP, lambda mlp, x: mlp(x)[0], "returns a tuple, not one tensor"),
-        (GatedByAnother, lambda mlp, x: mlp(x, x), "takes a second tensor, and does not just add it|does not take one"),
+        (GatedByAnother, lambda mlp, x: mlp(x, x), "takes 2 tensors, not one|does not take one"),
     ],
 )
 def test_an_mlp_that_is_not_one_tensor_to_one_tensor_is_refused(use, mlp, call, sentence):

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,10 +95,10 @@ def test_weighted_gradients_with_the_derivatives_part_equal_float64_autograd(neo
     activations.weights.copy_(torch.rand(activations.weights.shape))
     inputs, outputs = Moments.of(activations.x), Moments.of(activations.y)
     tangents = Tangents(neox, seed=3, dtype=torch.float32)
-    tangents.begin(5, activations.rows)
+    tangents.begin(5, activations)
     stack.accumulate(activations, inputs, outputs, activations.rows, 16, tangents, jvp=0.3)
 
-    tangents.begin(5, activations.rows)  # the same directions again
+    tangents.begin(5, activations)  # the same directions again
     assert tangents.rows == slice(1, 40, 4)
     for layer, reference in enumerate(references):
         x, y, weights = (of[layer].double() for of in (activations.x, activations.y, activations.weights))
@@ -121,10 +122,12 @@ def test_weighted_gradients_with_the_derivatives_part_equal_float64_autograd(neo
 def test_a_direction_depends_on_the_step_and_the_rows_place_in_the_global_batch_alone(neox, monkeypatch):
     alone, shares = Tangents(neox, 0, torch.float32), []
     x = torch.randn(22, neox.n_inputs)
+    y = neox.mlp(0)(x)
+    alone.base.layers = [0]
     ones = torch.ones(neox.n_inputs)
     for step in (2, 3):
-        alone.begin(step, 22)
-        whole = [alone.draw(layer, x[alone.rows], ones, ones)[0] for layer in (0, 1)]
+        alone.begin(step, SimpleNamespace(rows=22, x=x[None], y=y[None]))
+        whole = [alone.draw(0, x[alone.rows], ones, ones)[0] for _layer in (0, 1)]
         for rank, rows in enumerate((x[:9], x[9:])):
             monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_count", lambda: 2)
             monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_index", lambda rank=rank: rank)
@@ -132,8 +135,9 @@ def test_a_direction_depends_on_the_step_and_the_rows_place_in_the_global_batch_
                 "bilinear_tc.train.fitting.tangents.sum_over_processes", lambda _: torch.tensor([9.0, 13.0])
             )
             share = Tangents(neox, 0, torch.float32)
-            share.begin(step, len(rows))
-            shares.append([share.draw(layer, rows[share.rows], ones, ones)[0] for layer in (0, 1)])
+            share.mlps = alone.mlps
+            share.begin(step, SimpleNamespace(rows=len(rows)))
+            shares.append([share.draw(0, rows[share.rows], ones, ones)[0] for _layer in (0, 1)])
             monkeypatch.undo()
         for layer in (0, 1):
             torch.testing.assert_close(torch.cat([share[layer] for share in shares[-2:]]), whole[layer])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -14,15 +12,25 @@ from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
+from bilinear_tc.modeling_bilinear_tc import Site
 from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.mlps import (
+    find_mlps,
+    linear_maps,
+    map_of,
+    map_widths,
+    named_mlps,
+    parts_between,
+    path_of,
+    short_pass,
+    without_residual,
+)
 from bilinear_tc.train.recipe import Recipe
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 # transformers 4.56 renamed the argument, and 5 warns of the old name
 DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-MLP_NAMES = re.compile(r"(mlp|ffn|feed_forward|feedforward|ff)", re.IGNORECASE)
 
 
 def base_location(name: str) -> str:
@@ -66,22 +74,38 @@ class Base:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: Sequence[int] | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int] | None = None,
+        mlp_path: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.commit: str | None = None
         self.tokenizer = tokenizer
-        blocks_name, blocks = find_blocks(model.base_model)
-        mlp_name = next(name for name, _ in blocks[0].named_children() if MLP_NAMES.fullmatch(name))
-        self.layers = check_layers(layers, len(blocks))
-        prefix = f"{model.base_model_prefix}.{blocks_name}" if model.base_model is not model else blocks_name
-        self._mlp_paths = {layer: f"{prefix}.{layer}.{mlp_name}" for layer in range(len(blocks))}
-        self._blocks_name = blocks_name
-        self.num_layers = len(blocks)
-        self._adds_residual = False
-        self.n_inputs, self.n_outputs = self._look_at_mlps()
-        widths = [width for module in linear_maps(self.mlp(self.layers[0])).values() for width in map_widths(module)]
-        self.widest_map = max([self.n_inputs, self.n_outputs, *widths])
+        found = find_mlps(model) if mlp_path is None else named_mlps(model, mlp_path)
+        calls = short_pass(model)
+        ran = {call.module for call in calls}
+
+        def runs(blocks: str) -> int:
+            return sum(model.get_submodule(enter) in ran for enter, _ in found[blocks].values())
+
+        self._blocks_name = max(found, key=runs)  # a vision tower never runs on text
+        mlps = {layer: without_residual(model, ends, calls) for layer, ends in found[self._blocks_name].items()}
+        self._ends, self._parts = mlps, {layer: parts_between(model, ends, calls) for layer, ends in mlps.items()}
+        self.num_layers = sum(1 for _ in model.get_submodule(self._blocks_name).children())
+        self.layers = check_layers(layers, self.num_layers, mlps)
+        widths = {layer: map_of(model, mlps[layer], calls) for layer in self.layers}
+        first = self.layers[0]
+        for layer in self.layers:
+            if widths[layer] != widths[first]:
+                raise UserError(
+                    f"{self.mlp_path(layer)} maps other widths than {self.mlp_path(first)}: expected the same of all "
+                    "layers; fit those that are alike with --layers"
+                )
+        self.n_inputs, self.n_outputs = widths[first]
+        inside = (width for module in linear_maps(self.parts(first)) for width in map_widths(module))
+        self.widest_map = max([self.n_inputs, self.n_outputs, *inside])
 
     @classmethod
     def load(
@@ -91,6 +115,7 @@ class Base:
         revision: str | None = None,
         layers: Sequence[int] | None = None,
         seq_len: int | None = None,
+        mlp_path: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Base:
@@ -103,6 +128,7 @@ class Base:
             name, revision: where it is.
             layers: the layers to look into; default: all.
             seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
+            mlp_path: where its MLPs are, as in the recipe; default: looked for.
             device, dtype: where its weights go, and as what.
         """
         location = base_location(name)
@@ -114,7 +140,7 @@ class Base:
         with one_sentence(name):
             config = AutoConfig.from_pretrained(location, revision=revision)
         text_config = config.get_text_config()  # checked before gigabytes are read
-        check_layers(layers, text_config.num_hidden_layers)
+        check_layers(layers, getattr(text_config, "decoder_layers", text_config.num_hidden_layers))
         positions = getattr(text_config, "max_position_embeddings", None)
         if seq_len is not None and positions is not None and seq_len > positions:
             raise UserError(
@@ -124,7 +150,7 @@ class Base:
         with one_sentence(name):
             model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
             tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        base = cls(model.to(device), tokenizer, layers)  # type: ignore[arg-type] # transformers hides the types of `to`
+        base = cls(model.to(device), tokenizer, layers, mlp_path)  # type: ignore[arg-type] # transformers hides the types of `to`
         base.commit = cached_commit(location, revision)
         return base
 
@@ -136,26 +162,43 @@ class Base:
             revision=recipe.base_revision,
             layers=layers or recipe.layer_indices(),
             seq_len=recipe.seq_len,
+            mlp_path=recipe.mlp_path,
             device=device,
             dtype=recipe.compute_dtype(device),
         )
 
     def mlp_path(self, layer: int) -> str:
-        """The MLP's module path from the causal language model, such as `gpt_neox.layers.3.mlp`."""
-        return self._mlp_paths[layer]
+        """The MLP's path from the causal language model, as `Site` reads it: `gpt_neox.layers.3.mlp`, or a pair."""
+        return path_of(self._ends[layer])
+
+    def holds_mlp(self, layer: int) -> bool:
+        return layer in self._ends
+
+    def site(self, layer: int) -> Site:
+        return Site(*map(self.model.get_submodule, self._ends[layer]))
 
     def mlp(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(self.mlp_path(layer))
+        """The MLP's module; of an MLP that is no module, the one that its output leaves."""
+        return self.site(layer).leave
+
+    def parts(self, layer: int) -> list[nn.Module]:
+        """The MLP's modules without children, in the order in which they run."""
+        return [self.model.get_submodule(name) for name in self._parts[layer]]
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The list of the decoder's layers."""
+        return self.model.get_submodule(self._blocks_name)
 
     def stop_after_last_layer(self) -> None:
         """Drops what no asked-for MLP depends on: the blocks after the last layer asked for.
 
         The language model as such is spent afterwards: only `activations` may be called.
         """
-        decoder = self.model.base_model
+        if self._blocks_name == self._ends[self.layers[0]][0].rpartition(".")[0]:
+            return  # a list of MLPs alone (XLM), which the decoder counts on
         parent_name, _, name = self._blocks_name.rpartition(".")
-        blocks = decoder.get_submodule(self._blocks_name)
-        setattr(decoder.get_submodule(parent_name), name, blocks[: self.layers[-1] + 1])
+        setattr(self.model.get_submodule(parent_name), name, self.blocks[: self.layers[-1] + 1])
 
     def compile(self) -> None:
         """Compiles the parts of each layer (attention, MLP, norms of no single kernel): their elementwise work fuses.
@@ -163,10 +206,11 @@ class Base:
         One compilation of a part serves all layers. The decoder around them stays as it is: traced as a whole it would
         take minutes, spell out the causal mask (which costs the fast attention kernels), and hold on to the hooks.
         """
-        for block in self.model.base_model.get_submodule(self._blocks_name):
-            parts = (part for part in block.children() if not type(part).__module__.startswith("torch."))
-            for part in parts:
-                part.forward = torch.compile(part.forward, dynamic=False)
+        ends = {end for layer in self.layers for end in self.site(layer)}
+        for block in self.blocks.children():
+            for part in block.children():
+                if not type(part).__module__.startswith("torch.") and ends.isdisjoint({*part.modules()} - {part}):
+                    part.forward = torch.compile(part.forward, dynamic=False)
 
     def activations(self, input_ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, as by `run`."""
@@ -186,130 +230,38 @@ class Base:
             visit: called with layer, MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] as soon as the
                 MLP has run, so that the activations of two layers need not exist at once.
         """
-
         seen = set()
 
-        def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-            def visit_layer(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def visiting(layer: int) -> Callable[[list[Tensor], Callable[[], Tensor]], Tensor]:
+            def visited(entered: list[Tensor], true: Callable[[], Tensor]) -> Tensor:
                 seen.add(layer)
-                visit(layer, inputs[0], output)
-                return residuals.pop() + output if residuals else None
+                y = true()
+                visit(layer, *(t.reshape(*input_ids.shape, -1) for t in (entered[0], y)))  # OPT flattens it
+                return y
 
-            return visit_layer
+            return visited
 
-        residuals: list[Tensor] = []
-
-        def take_residual(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            """What is visited must be the MLP's own output, to which the residual stream is added afterwards."""
-            residuals.append(inputs[1])
-            return inputs[0], torch.zeros_like(inputs[1])
-
-        mlps = {layer: self.mlp(layer) for layer in self.layers}
-        handles = [mlp.register_forward_hook(hook(layer)) for layer, mlp in mlps.items()]
-        if self._adds_residual:
-            handles += [mlp.register_forward_pre_hook(take_residual) for mlp in mlps.values()]
-        try:
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(self.site(layer).replaced(visiting(layer)))
             self.model.base_model(input_ids=input_ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._check_all_seen(seen)
-
-    def _check_all_seen(self, seen: Collection[int]) -> None:
-        for layer in self.layers:
-            if layer not in seen:
-                raise UserError(
-                    f"the forward pass never came to {self.mlp_path(layer)}: expected a decoder that runs each of its "
-                    f"{self.num_layers} layers on text; leave this layer out with --layers"
-                )
-
-    @torch.no_grad()
-    def _look_at_mlps(self) -> tuple[int, int]:
-        """Width of the MLPs' inputs and outputs, as a forward pass over two tokens shows them.
-
-        Raises:
-            UserError: if a layer's MLP is not run, or is anything but a map of one tensor to one, beside the residual
-                stream that some add to their output.
-        """
-        calls: dict[int, tuple[list[Tensor], Any]] = {}
-
-        def note(layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-            def noted(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                calls[layer] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], output
-
-            return noted
-
-        mlps = {layer: self.mlp(layer) for layer in self.layers}
-        handles = [mlp.register_forward_hook(note(layer), with_kwargs=True) for layer, mlp in mlps.items()]
-        try:
-            self.model.base_model(
-                input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device), use_cache=False
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._check_all_seen(calls)
-        kinds = {layer: self._kind_of_call(layer, *calls[layer]) for layer in self.layers}
-        first = self.layers[0]
-        for layer, kind in kinds.items():
-            if kind != kinds[first]:
-                raise UserError(
-                    f"{self.mlp_path(layer)} maps other widths than {self.mlp_path(first)}: expected the same of all "
-                    "layers; fit those that are alike with --layers"
-                )
-        n_inputs, n_outputs, self._adds_residual = kinds[first]
-        return n_inputs, n_outputs
-
-    def _kind_of_call(self, layer: int, tensors: list[Tensor], output: Any) -> tuple[int, int, bool]:
-        """Width of an MLP's input and output, and whether it adds the residual stream; UserError if it is no map."""
-        adds = False
-        if len(tensors) == 2 and isinstance(output, Tensor) and tensors[1].shape == output.shape:
-            own = self.mlp(layer)(tensors[0], torch.zeros_like(tensors[1]))
-            adds = torch.allclose(tensors[1] + own, output, rtol=1e-2, atol=1e-4)
-        if not isinstance(output, Tensor) or len(tensors) != 1 + adds or tensors[0].shape[:-1] != output.shape[:-1]:
-            came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise UserError(
-                f"{self.mlp_path(layer)} ({type(self.mlp(layer)).__name__}) cannot be fitted: expected a map of one "
-                f"tensor [sequences, tokens, width] to one, got {len(tensors)} tensors in and {came} out; choose other "
-                "layers with --layers, or another base"
-            )
-        return tensors[0].shape[-1], output.shape[-1], adds
+        for layer in set(self.layers) - seen:
+            raise UserError(f"the forward pass never came to {self.mlp_path(layer)}, as it did when it was loaded")
 
 
-def find_blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's list of layers: its longest ModuleList whose members hold an MLP."""
-    lists = [
-        (name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and any(MLP_NAMES.fullmatch(child) for child, _ in module[0].named_children())
-    ]
-    if not lists:
-        raise UserError(
-            f"no MLPs found in {type(decoder).__name__}: expected a ModuleList of layers that each have a child "
-            "module named mlp, ffn or feed_forward"
-        )
-    return max(lists, key=lambda item: len(item[1]))
-
-
-def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
-    """The layers asked for, ascending (default: all); UserError if one does not exist."""
-    missing = sorted(set(layers or ()) - set(range(num_layers)))
+def check_layers(layers: Sequence[int] | None, num_layers: int, holding: Collection[int] | None = None) -> list[int]:
+    """The layers asked for, ascending (default: all); UserError if one does not exist, or is not among those that hold
+    an MLP."""
+    asked = sorted(set(layers)) if layers else list(range(num_layers))
+    missing = [layer for layer in asked if layer >= num_layers]
     if missing:
         raise UserError(
             f"the base has layers 0 to {num_layers - 1}, but layers {', '.join(map(str, missing))} were asked for; "
             "name existing ones with --layers"
         )
-    return sorted(set(layers)) if layers else list(range(num_layers))
-
-
-def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Each linear map in an MLP, by module name, in order of registration."""
-    return {name: module for name, module in mlp.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-
-
-def map_widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Width of a linear map's input and of its output; GPT-2's keeps its weight transposed."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+    if holding is not None and (empty := [str(layer) for layer in asked if layer not in holding]):
+        raise UserError(
+            f"layers {', '.join(empty)} of the base hold no MLP: expected layers that do; name those with "
+            f"--layers {','.join(map(str, holding))}"
+        )
+    return asked

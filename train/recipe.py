@@ -43,6 +43,11 @@ class Recipe:
 
     base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    mlp_path: str | None = option(
+        None,
+        "Where the base's MLPs are, with {} for the layer's number: a module, model.layers.{}.mlp, or the two that the "
+        "MLP's input enters and its output leaves, model.layers.{}.fc1:fc2. Default: looked for by usual names.",
+    )
     dataset: str = option(
         "monology/pile-uncopyrighted",
         "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, csv, parquet, py; "

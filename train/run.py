@@ -385,7 +385,7 @@ class Run:
 def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, Any]) -> dict[str, Any]:
     """config.yaml of a fitted layer."""
     belongs = ("base_model", "base_revision", "mlp_path", "n_inputs", "n_hidden", "n_outputs")
-    left_out = {*FREE_SETTINGS, "base", "base_revision", "layers"}
+    left_out = {*FREE_SETTINGS, "base", "base_revision", "layers", "mlp_path"}
     return {
         "layer": config.layer_index,
         **{name: getattr(config, name) for name in belongs},

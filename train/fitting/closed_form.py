@@ -20,7 +20,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.fitting.least_squares import LeastSquares
-from bilinear_tc.train.fitting.mlp_weights import Linear, MLPWeights
+from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, Linear, MLPWeights
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.fitting.tangents import SHARE, Tangents
 from bilinear_tc.train.moments import Moments, check_finite
@@ -186,7 +186,6 @@ def closed_form_start(
 
 def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) -> None:
     """Sets the stack's moments and statistics, and every unit from the activation that its neuron shows."""
-    weights = [MLPWeights.of(base.mlp(layer)) for layer in base.layers]
     fits: list[ActivationFit] = []
     for activations in calibration:
         stack.weigh(activations)
@@ -196,12 +195,10 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
         for index, layer in enumerate(base.layers):
             x = activations.x[index]
             if len(fits) == index:
-                x_first, y_first = x[:MICRO_ROWS], activations.y[index][:MICRO_ROWS]
-                if len(x_first):
-                    weights[index].check(x_first, y_first, base.mlp_path(layer))
+                weights = MLPWeights.read(base, layer, x[:READ_ROWS], activations.y[index][:READ_ROWS])
                 ordinary = activations.weights[index][:MICRO_ROWS] == 1
-                first = Moments.of(weights[index].gate(x_first.float()), ordinary).over_processes()
-                fits.append(ActivationFit(weights[index], first))
+                first = Moments.of(weights.gate(x[:MICRO_ROWS].float()), ordinary).over_processes()
+                fits.append(ActivationFit(weights, first))
             for rows, counted in zip(x.split(MICRO_ROWS), activations.weights[index].split(MICRO_ROWS), strict=True):
                 fits[index].add(rows.float(), counted)
     stack.set_statistics()
@@ -231,7 +228,7 @@ def solve_heads(
                 z = (y.float() - transcoder.output_mean) / transcoder.output_std
                 equations.add(layer, units(transcoder, x), z, weights)
         if tangents is not None:
-            tangents.begin(number, activations.rows)
+            tangents.begin(number, activations)
             for layer, transcoder in enumerate(stack.transcoders):
                 x = activations.x[layer][tangents.rows]
                 directions, changes = tangents.draw(layer, x, transcoder.input_std, transcoder.output_std)

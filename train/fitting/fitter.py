@@ -106,7 +106,7 @@ class Fitter:
                 inputs, outputs = self.stack.inputs, self.stack.outputs
         with self.timer("transcoders"):
             if self.tangents is not None:
-                self.tangents.begin(number, self.activations.rows)
+                self.tangents.begin(number, self.activations)
             errors = self.stack.accumulate(
                 self.activations, inputs, outputs, rows, self.micro_rows, self.tangents, self.recipe.jvp
             )

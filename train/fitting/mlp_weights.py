@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from bilinear_tc.train.base import linear_maps
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.mlps import is_linear, linear_maps
+from bilinear_tc.train.processes import sum_over_processes
 
-ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl")
+# activations that an MLP may call as functions, so that no module shows them
+FUNCTIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu", "sigmoid", "tanh")
+READ_ROWS = 512  # rows that an MLP's reading is chosen on
+MOST_ERROR = 0.05  # of a reading, as a share of the MLP's output
 
 
 @dataclass
 class Linear:
-    """A linear map's weight [outputs, inputs] and bias [outputs]."""
+    """A linear map's float32 weight [outputs, inputs] and bias [outputs]."""
 
     weight: Tensor
     bias: Tensor
 
     @classmethod
-    def of(cls, module: nn.Linear | Conv1D, dtype: torch.dtype) -> Linear:
-        weight = module.weight.detach().to(dtype)
+    def of(cls, module: nn.Linear | Conv1D) -> Linear:
+        weight = module.weight.detach().float()
         weight = weight if isinstance(module, nn.Linear) else weight.T
-        return cls(weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(dtype))
+        bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
+        return cls(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -42,26 +51,43 @@ class MLPWeights:
     act: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, mlp: nn.Module, dtype: torch.dtype = torch.float32) -> MLPWeights:
-        """Reads an MLP's weights. UserError if it is neither a two-matrix nor a gated MLP of separate maps."""
-        maps = linear_maps(mlp)
-        act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
-        gate_name = next((name for name in maps if "gate" in name), None)
-        linears = {name: Linear.of(module, dtype) for name, module in maps.items()}
-        if act is not None and len(maps) == 2 and gate_name is None:
-            gate, down = linears.values()
-            return cls(gate, None, down, act)
-        if act is not None and len(maps) == 3 and gate_name is not None:
-            gate = linears.pop(gate_name)
-            return cls(gate, *linears.values(), act)
+    def read(cls, base: Base, layer: int, x: Tensor, y: Tensor) -> MLPWeights:
+        """The reading of a layer's MLP that gives its outputs for its inputs, whatever its parts are called.
+
+        UserError if there is none: the MLP is neither plain nor gated.
+
+        Args:
+            base, layer: where the MLP is.
+            x, y: this process's share of rows, maybe none: inputs [rows, n_inputs] and outputs [rows, n_outputs].
+        """
+        parts, x, y = base.parts(layer), x.float(), y.float()
+        own = [part for part in parts if not is_linear(part) and all(p.numel() == 1 for p in part.parameters())]
+        reason = f"expected two linear maps, or a gated three, got {len(linear_maps(parts))}"
+        for acts in (own, [ACT2FN[name] for name in FUNCTIONS]):
+            readings = [cls(*roles, act) for roles in roles_of(parts, x.shape[1], y.shape[1]) for act in acts]
+            if readings:
+                sizes = torch.stack([t.square().sum(dtype=torch.float64) for t in (y, *(r(x) - y for r in readings))])
+                total, *errors = sum_over_processes(sizes)
+                error, best = (torch.stack(errors) / total).sqrt().nan_to_num(math.inf).min(0)
+                if error < MOST_ERROR:
+                    return readings[best]
+                reason = f"read as a plain or gated MLP, its weights miss its outputs by {error:.0%}"
+        path = base.mlp_path(layer)
         raise UserError(
-            f"no closed-form start for {type(mlp).__name__} with the maps {', '.join(maps)}: expected two, or a gated "
-            "three, and an activation; fit it with --init random"
+            f"the weights of {path} cannot be read for a closed-form start or a derivative: {reason}; fit it with "
+            "--init random and --jvp 0, or others with --layers"
         )
 
-    @property
-    def width(self) -> int:
-        return len(self.gate.weight)
+    def to(self, dtype: torch.dtype) -> MLPWeights:
+        """The same MLP with weights of another type."""
+        maps = (None if of is None else Linear(of.weight.to(dtype), of.bias.to(dtype)) for of in (self.gate, self.up))
+        gate, up = maps
+        assert gate is not None
+        return MLPWeights(gate, up, Linear(self.down.weight.to(dtype), self.down.bias.to(dtype)), self.act)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.gate(x))
+        return self.down(hidden if self.up is None else hidden * self.up(x))
 
     def derivative(self, x: Tensor, tangent: Tensor) -> Tensor:
         """How the output [rows, n_outputs] changes along tangents [rows, n_inputs] at inputs x: [rows, n_inputs]."""
@@ -73,13 +99,26 @@ class MLPWeights:
             hidden = hidden * self.up(x) + value * nn.functional.linear(tangent, self.up.weight)
         return nn.functional.linear(hidden, self.down.weight)
 
-    def check(self, x: Tensor, y: Tensor, path: str) -> None:
-        """Raises UserError if these weights do not give the MLP's outputs y for its inputs x."""
-        hidden = self.act(self.gate(x.float()))
-        predicted = self.down(hidden if self.up is None else hidden * self.up(x.float()))
-        error = (predicted - y.float()).norm() / y.float().norm()
-        if not error < 0.05:
-            raise UserError(
-                f"no closed-form start for {path}: read as a plain or gated MLP, its weights miss its outputs by "
-                f"{error:.0%}; fit it with --init random"
-            )
+    @property
+    def width(self) -> int:
+        return len(self.gate.weight)
+
+
+def roles_of(parts: Sequence[nn.Module], n_inputs: int, n_outputs: int) -> list[tuple[Linear, Linear | None, Linear]]:
+    """Every way to take an MLP's linear maps for its gate, up and down that fits their widths; a gate and an up may be
+    the halves of one map, in either order."""
+    maps = [Linear.of(module) for module in linear_maps(parts)]
+    ways: list[tuple[Linear, Linear | None, Linear]] = []
+    for gate, *others in permutations(maps) if len(maps) in (2, 3) else []:
+        if len(others) == 2:
+            ways.append((gate, others[0], others[1]))
+        else:
+            half = len(gate.weight) // 2
+            upper, lower = (Linear(gate.weight[rows], gate.bias[rows]) for rows in (slice(half), slice(half, None)))
+            ways += [(gate, None, others[0]), (upper, lower, others[0]), (lower, upper, others[0])]
+    return [
+        (gate, up, down)
+        for gate, up, down in ways
+        if gate.weight.shape == (down.weight.shape[1], n_inputs) == (gate if up is None else up).weight.shape
+        and len(down.weight) == n_outputs
+    ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.fitting.mlp_weights import MLPWeights
+from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights
 from bilinear_tc.train.processes import process_count, process_index, sum_over_processes
 
 SHARE = 4  # one row in so many has a direction: a step then costs about a third more
@@ -14,8 +15,6 @@ SHARE = 4  # one row in so many has a direction: a step then costs about a third
 
 class Tangents:
     """For one row in `SHARE`, an isotropic direction ε in z-scored inputs and the MLP's derivative along it.
-
-    UserError if an MLP's weights cannot be read (see `MLPWeights`).
 
     Args:
         base: the decoder whose MLPs' derivatives are taken.
@@ -25,11 +24,15 @@ class Tangents:
     """
 
     def __init__(self, base: Base, seed: int, dtype: torch.dtype) -> None:
-        self.mlps = [MLPWeights.of(base.mlp(layer), dtype) for layer in base.layers]
-        self.seed, self.device = seed, base.model.device
+        self.base, self.seed, self.dtype, self.device = base, seed, dtype, base.model.device
+        self.mlps: list[MLPWeights] = []
 
-    def begin(self, step: int, rows: int) -> None:
-        """Chooses a batch's rows, of which this process has some number."""
+    def begin(self, step: int, activations: Activations) -> None:
+        """Chooses a batch's rows. UserError, at the first, if an MLP's weights cannot be read (see `MLPWeights`)."""
+        rows = activations.rows
+        for index, layer in enumerate([] if self.mlps else self.base.layers):
+            x, y = (of[index][:READ_ROWS] for of in (activations.x, activations.y))
+            self.mlps.append(MLPWeights.read(self.base, layer, x, y).to(self.dtype))
         counts = torch.zeros(process_count(), dtype=torch.float64, device=self.device)
         counts[process_index()] = rows
         counts = sum_over_processes(counts).long()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
@@ -104,20 +104,17 @@ def loss_scores(ce: float, replaced_ce: float, kl: float, ablated_ce: float) -> 
 @contextmanager
 def mean_output(base: Base, transcoders: Sequence[BilinearTC]) -> Iterator[None]:
     """While the context lasts, these layers' MLPs say their mean output whatever comes in."""
-    handles = []
-    for transcoder in transcoders:
-        mean = transcoder.output_mean
+    with ExitStack() as stack:
+        for transcoder in transcoders:
 
-        def say_mean(_mlp: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, mean: Tensor = mean) -> Tensor:
-            own = mean.to(output).expand_as(output).clone()  # some decoders (Falcon) add to it in place
-            return inputs[1] + own if len(inputs) == 2 else own  # and some MLPs (BLOOM, MPT) to the residual stream
+            def say_mean(
+                _entered: list[Tensor], true: Callable[[], Tensor], mean: Tensor = transcoder.output_mean
+            ) -> Tensor:
+                output = true()
+                return mean.to(output).expand_as(output).clone()  # some decoders (Falcon) add to it in place
 
-        handles.append(base.mlp(transcoder.config.layer_index).register_forward_hook(say_mean))
-    try:
+            stack.enter_context(base.site(transcoder.config.layer_index).replaced(say_mean))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilinear_tc.train.base import Base, find_blocks
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights
 from bilinear_tc.train.massive import massive
 from bilinear_tc.train.processes import gather_over_processes
 from bilinear_tc.train.text.batches import TokenBatch
@@ -26,12 +27,13 @@ class Sample:
     """Tokens of the first held-out sequences that are ordinary in every layer.
 
     Attributes:
-        inputs: each layer's MLP inputs [layers, tokens, n_inputs].
+        inputs, outputs: each layer's MLP inputs [layers, tokens, n_inputs] and outputs [.., n_outputs].
         flow: what flows at these tokens [tokens, width], as `watched` names it.
         norms: by block, the module that makes its MLP's input from the residual stream.
     """
 
     inputs: Tensor
+    outputs: Tensor
     flow: dict[str, Tensor]
     norms: dict[int, nn.Module]
 
@@ -52,7 +54,7 @@ class Sample:
         ids, masks = (torch.cat(part) for part in zip(*self._text, strict=True))
         enough = int((masks.sum(1).cumsum(0) < READ).sum()) + 1
         count = max(1, AT_ONCE // ids.shape[1])
-        inputs, flows = [], []
+        inputs, outputs, flows = [], [], []
         for part, mask in zip(ids[:enough].split(count), masks[:enough].split(count), strict=True):
             with watched(self.base) as (flow, self.norms):
                 captured = self.base.activations(part.to(self.base.model.device))
@@ -62,8 +64,9 @@ class Sample:
             order = torch.randperm(len(rows), generator=generator)[: -(-len(rows) // ONE_IN)]
             chosen = rows[order.to(rows.device)]
             inputs.append(x[:, chosen])
+            outputs.append(y[:, chosen])
             flows.append({name: values.flatten(0, 1)[chosen] for name, values in flow.items() if values.ndim == 3})
-        self.inputs = torch.cat(inputs, 1)
+        self.inputs, self.outputs = torch.cat(inputs, 1), torch.cat(outputs, 1)
         self.flow = {name: torch.cat([flow[name] for flow in flows]) for name in flows[0]}
 
     def others(self, tokens: Tensor) -> Tensor:
@@ -110,13 +113,15 @@ def watched(base: Base) -> Iterator[tuple[dict[str, Tensor], dict[int, nn.Module
         return hook
 
     handles = []
-    for k, block in enumerate(find_blocks(base.model.base_model)[1]):
-        mlp = base.mlp(k)
-        inside = {block, *mlp.modules()}
+    for k, block in enumerate(base.blocks.children()):
+        handles.append(block.register_forward_pre_hook(enter(k), with_kwargs=True))
+        if not base.holds_mlp(k):
+            continue
+        site = base.site(k)
+        inside = {block, *site.enter.modules(), *site.leave.modules()}
         handles += [
-            block.register_forward_pre_hook(enter(k), with_kwargs=True),
-            mlp.register_forward_pre_hook(before_mlp(k), with_kwargs=True),
-            mlp.register_forward_hook(after_mlp(k)),
+            site.enter.register_forward_pre_hook(before_mlp(k), with_kwargs=True),
+            site.leave.register_forward_hook(after_mlp(k)),
             *(part.register_forward_hook(note, with_kwargs=True) for part in block.modules() if part not in inside),
         ]
     try:
@@ -130,17 +135,18 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def as_map(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
-    """An MLP as the map of rows [rows, n_inputs] to rows [rows, n_outputs], float32, whatever type it computes in;
-    without the residual stream where it adds that too."""
-    dtype = next(mlp.parameters()).dtype
+def as_map(sample: Sample, index: int) -> Callable[[Tensor], Tensor]:
+    """A layer's MLP as the map of rows [rows, n_inputs] to rows [rows, n_outputs], float32, whatever type it computes
+    in. UserError if it is no module, and its weights cannot be read.
 
-    def own(x: Tensor) -> Tensor:
-        x = x.to(dtype)[None]
-        try:
-            y = mlp(x)
-        except TypeError:  # one that needs the residual stream too
-            y = mlp(x, torch.zeros_like(x))
-        return y[0].float()
-
-    return own
+    Args:
+        sample: tokens that have been taken.
+        index: counts the base's layers asked for.
+    """
+    layer = sample.base.layers[index]
+    site = sample.base.site(layer)
+    if site.enter is site.leave:
+        dtype = next(site.enter.parameters()).dtype
+        return lambda x: site.enter(x.to(dtype)[None])[0].float()
+    x, y = (of[index, :READ_ROWS] for of in (sample.inputs, sample.outputs))
+    return MLPWeights.read(sample.base, layer, x, y)

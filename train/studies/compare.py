@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.base import Base, linear_maps
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.fitting.fitter import Fitter
+from bilinear_tc.train.mlps import linear_maps
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
@@ -79,11 +80,10 @@ class Curve:
 def harden(base: Base, factor: float) -> None:
     """Scales the pre-activations of every two-matrix MLP up, and its outputs down, by the same factor."""
     for layer in range(base.num_layers) if factor != 1 else ():
-        mlp = base.mlp(layer)
-        maps = linear_maps(mlp)
+        maps = linear_maps(base.parts(layer))
         if len(maps) != 2:
-            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {', '.join(maps)}")
-        first, last = maps.values()
+            raise UserError(f"--harden is for two-matrix MLPs, but {base.mlp_path(layer)} has {len(maps)} linear maps")
+        first, last = maps
         first.weight.mul_(factor)
         first.bias.mul_(factor)
         last.weight.div_(factor)
