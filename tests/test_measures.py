@@ -181,7 +181,7 @@ def test_jacobians_agree_with_those_of_autograd_in_float64(neox, llama):
             changes.append(torch.stack([j @ t.double() / std for j, t in zip(jacobians, v, strict=True)]))
         a, b = changes
         expected = ((a * b).sum() / (a.norm() * b.norm()), (a - b).norm() / a.norm())
-        found = jacobian_scores(as_map(mlp), lambda x, t=transcoder: t(x), x, v, std)
+        found = jacobian_scores(as_map(base, 1), lambda x, t=transcoder: t(x), x, v, std)
         assert found == pytest.approx([value.item() for value in expected], rel=1e-4)
 
 
@@ -248,7 +248,7 @@ def test_interchanges_agree_with_a_base_taken_apart_by_hand(make):
     sample.take(torch.full((3,), 1e9))
     transcoder = random_transcoders(base)[2]
     found = changes_explained(
-        as_map(base.mlp(2)), transcoder, sample.inputs[2], interchanged(sample, 2), torch.arange(1.0, 17).double()
+        as_map(base, 2), transcoder, sample.inputs[2], interchanged(sample, 2), torch.arange(1.0, 17).double()
     )
 
     model = copy.deepcopy(base.model).double()

@@ -130,10 +130,10 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
-def as_map(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
-    """An MLP as the map of rows [rows, n_inputs] to rows [rows, n_outputs], float32, whatever type it computes in;
-    without the residual stream where it adds that too."""
-    dtype = next(mlp.parameters()).dtype
+def as_map(base: Base, layer: int) -> Callable[[Tensor], Tensor]:
+    """A layer's MLP as the map of rows [rows, n_inputs] to rows [rows, n_outputs], float32, whatever type it computes
+    in; without the residual stream where it adds that too."""
+    mlp, dtype = base.mlp(layer), base.model.dtype
 
     def own(x: Tensor) -> Tensor:
         x = x.to(dtype)[None]

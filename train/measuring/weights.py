@@ -35,7 +35,7 @@ def weight_scores(
     scores: dict[int, dict[str, Any]] = {}
     for index in tqdm(mine, desc="derivatives and interchanges", unit="layer", disable=not is_main()):
         layer, transcoder, std = sample.base.layers[index], transcoders[index], output_stds[index]
-        mlp, x = as_map(sample.base.mlp(layer)), sample.inputs[index]
+        mlp, x = as_map(sample.base, layer), sample.inputs[index]
         maps = (mlp, lambda x, transcoder=transcoder: transcoder(x.float()).float())
         probes = isotropic_probes(x.float(), covariances[index].diagonal().sqrt())
         differences = (x.float(), sample.others(x).float() - x.float())
