@@ -186,7 +186,7 @@ def test_where_mean_outputs_cost_nothing_there_is_no_loss_to_recover(neox, trans
     assert result["layers"]["1"]["ce_increase"] != 0
     assert "loss_recovered" not in result["mean"]
     assert "ce_increase" in result["mean"]
-    rows = {row[0]: row[1:] for row in map(str.split, loss_table(evaluation).splitlines()) if len(row) == 4}
+    rows = {row[0]: row[1:] for row in map(str.split, loss_table(evaluation).splitlines()) if row[-1][-1] in "–%"}
     assert rows["1"][-1] == "–"
     assert rows["0"][-1].endswith("%")
 

@@ -116,9 +116,15 @@ def measure(
     scores = [own | others for own, others in zip(scores, of_weights, strict=True)]
     evaluation = Evaluation(layers={}, tokens=reconstruction.tokens, massive_rule=RULE, mean_se=finite(mean_se))
     if replacement is not None:
-        ce, losses, together = replacement.scores()
-        scores = [own | asdict(loss) for own, loss in zip(scores, losses, strict=True)]
-        evaluation = replace(evaluation, all_layers=together, base_ce=ce)
+        lost = replacement.scores()
+        scores = [own | asdict(loss) for own, loss in zip(scores, lost.layers, strict=True)]
+        evaluation = replace(
+            evaluation,
+            all_layers=lost.together,
+            base_ce=lost.base_ce,
+            loss_tokens=lost.tokens,
+            mean_se=evaluation.mean_se | lost.mean_se,
+        )
     names = [transcoder.config.layer_index for transcoder in transcoders]
     layers = {name: LayerScores(**finite(own)) for name, own in zip(names, scores, strict=True)}
     return replace(evaluation, layers=layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,43 +12,25 @@ from torch import Tensor
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
-from bilinear_tc.train.measuring.evaluation import LossScores
-from bilinear_tc.train.processes import sum_over_processes
+from bilinear_tc.train.measuring.evaluation import LossScores, finite
+from bilinear_tc.train.measuring.reentry import Reentry
+from bilinear_tc.train.measuring.standard_error import influence, standard_error
+from bilinear_tc.train.processes import gather_over_processes
 from bilinear_tc.train.text.batches import TokenBatch
 
+AT_ONCE = 1024  # tokens that the base runs on at once
+LOGITS = 2**23  # that exist at once, of the base and of the base with MLPs replaced each
 NOTHING_TO_PREDICT = (
     "the base's loss cannot be measured, since no token of the held-out text follows another in its sequence: expected "
     "sequences (seq_len) and documents of at least 2 tokens"
 )
 
 
-class LossSums:
-    """Cross-entropy and divergence from the base, summed over predicted tokens, of one way to run the base."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # cross-entropy, KL, tokens
-
-    def add(self, log_probs: Tensor, base_log_probs: Tensor, targets: Tensor) -> None:
-        """Adds predictions: log-probabilities [tokens, vocabulary], targets [tokens]."""
-        self.sums[0] -= log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64)
-        self.sums[1] += (base_log_probs.exp() * (base_log_probs - log_probs)).sum(dtype=torch.float64)
-        self.sums[2] += len(targets)
-
-    def means(self) -> tuple[float, float]:
-        """Cross-entropy and KL(base ‖ this) in nats a token, over all processes.
-
-        UserError if no token follows another, so that none was predicted.
-        """
-        ce, kl, tokens = sum_over_processes(self.sums).tolist()
-        if not tokens:
-            raise UserError(NOTHING_TO_PREDICT)
-        return ce / tokens, kl / tokens
-
-
 class Replacement:
     """The losses of the base, of each layer replaced alone, and of all of them replaced at once.
 
-    Each group of layers is replaced by its transcoders and, beside it, by the MLPs' mean outputs: two forward passes.
+    Each group of layers is replaced by its transcoders and, beside it, by the MLPs' mean outputs: two forward passes,
+    from the group's first block on where the base can be entered there.
 
     Args:
         base: the base, with all its layers.
@@ -57,48 +40,102 @@ class Replacement:
     def __init__(self, base: Base, transcoders: Sequence[BilinearTC]) -> None:
         self.base, self.device = base, base.model.device
         self.groups = [*([transcoder] for transcoder in transcoders), list(transcoders)]
-        self.own = LossSums(self.device)
-        self.replaced, self.ablated = ([LossSums(self.device) for _ in self.groups] for _ in range(2))
+        self.passes = Reentry(base)
+        self._exact: bool | None = None  # whether it can be entered at each block; found out on the first sequence
+        # by sequence: summed cross-entropy and KL of the base, of each group replaced and of each averaged; its tokens
+        self._sums = [torch.zeros(0, 1 + 2 * len(self.groups), 2, dtype=torch.float64, device=self.device)]
+        self._tokens = [torch.zeros(0, dtype=torch.float64, device=self.device)]
 
     @torch.no_grad()
     def add(self, batch: TokenBatch) -> None:
-        if not len(batch):
-            return
-        input_ids = batch.input_ids.to(self.device)
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(self.device)
-        predicted = (mask[:, :-1] & mask[:, 1:]).flatten()
-        targets = input_ids[:, 1:].flatten()[predicted]
+        """Adds this process's sequences of a batch."""
+        ids = batch.input_ids.to(self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(self.device)
+        if len(ids) and self._exact is None:
+            self._exact = self.passes.is_exact(ids[:1])
+        count = max(1, AT_ONCE // ids.shape[1]) if self._exact else 1
+        for part, kept in zip(ids.split(count), mask.split(count), strict=True):
+            predicted = kept[:, :-1] & kept[:, 1:]
+            sums = self._sums[0].new_zeros(len(part), *self._sums[0].shape[1:])
+            if predicted.any():
+                self._add_part(part, predicted, sums)
+            self._sums.append(sums)
+            self._tokens.append(predicted.sum(1).double())
 
-        def log_probs() -> Tensor:
-            logits = self.base.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-            return logits.flatten(0, 1)[predicted].float().log_softmax(-1)
-
-        true = log_probs()
-        self.own.add(true, true, targets)
-        for group, replaced, ablated in zip(self.groups, self.replaced, self.ablated, strict=True):
-            with transcoders_attached(self.base, group):
-                replaced.add(log_probs(), true, targets)
-            with mean_output(self.base, group):
-                ablated.add(log_probs(), true, targets)
-
-    def scores(self) -> tuple[float, list[LossScores], LossScores]:
-        """The base's own cross-entropy, the scores of each layer, and those of all layers at once.
-
-        UserError if no token was predicted.
-        """
-        ce, _ = self.own.means()
-        *layers, together = [
-            loss_scores(ce, *replaced.means(), ablated.means()[0])
-            for replaced, ablated in zip(self.replaced, self.ablated, strict=True)
+    def _add_part(self, ids: Tensor, predicted: Tensor, sums: Tensor) -> None:
+        """Adds up some sequences' losses at the tokens predicted [sequences, tokens − 1]."""
+        sequences, targets = predicted.nonzero()[:, 0], ids[:, 1:][predicted]
+        ways = [
+            (group[0].config.layer_index, replaced(self.base, group))
+            for replaced in (transcoders_attached, mean_output)
+            for group in self.groups
         ]
-        return ce, layers, together
+
+        def add(way: int, true: Tensor, own: Tensor, rows: slice) -> None:
+            """Log-probabilities [rows, vocabulary], the base's and this way's."""
+            ce = -own.gather(1, targets[rows, None]).squeeze(1)
+            kl = (true.exp() * (true - own)).sum(1)
+            sums[:, way].index_add_(0, sequences[rows], torch.stack([ce, kl], 1).double())
+
+        if self._exact:
+            left = [self.passes.keep(ids)[:, :-1][predicted]]
+            for start, context in ways:
+                with context:
+                    left.append(self.passes.enter(ids, start)[:, :-1][predicted])
+            count = max(1, LOGITS // self.base.model.config.get_text_config().vocab_size)
+            for rows in (slice(start, start + count) for start in range(0, len(targets), count)):
+                true = self.passes.logits(left[0][rows]).log_softmax(-1)
+                add(0, true, true, rows)
+                for way, own in enumerate(left[1:], 1):
+                    add(way, true, self.passes.logits(own[rows]).log_softmax(-1), rows)
+        else:
+            true = self._log_probs(ids)[predicted]
+            add(0, true, true, slice(None))
+            for way, (_, context) in enumerate(ways, 1):
+                with context:
+                    add(way, true, self._log_probs(ids)[predicted], slice(None))
+
+    def _log_probs(self, ids: Tensor) -> Tensor:
+        """Of a whole pass, [sequences, tokens − 1, vocabulary]."""
+        return self.base.model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+
+    def scores(self) -> ReplacementScores:
+        """What was lost, over all processes; UserError if no token was predicted."""
+        sums, tokens = (gather_over_processes(torch.cat(parts)) for parts in (self._sums, self._tokens))
+        total = tokens.sum()
+        if not total:
+            raise UserError(NOTHING_TO_PREDICT)
+        sums[:, 1:, 0] -= sums[:, :1, 0]  # rises of the cross-entropy
+        pulls = influence(sums, tokens[:, None, None])
+        (base_ce, _), *means = (sums.sum(0) / total).tolist()
+        _, *errors = standard_error(pulls).tolist()
+        of_mean = standard_error(pulls[:, 1 : len(self.groups)].mean(1)).tolist()
+        *layers, together = [
+            loss_scores(rise, kl, rise_error, kl_error, ablated)
+            for (rise, kl), (rise_error, kl_error), (ablated, _) in zip(
+                means, errors, means[len(self.groups) :], strict=False
+            )
+        ]
+        mean_se = finite(dict(zip(("ce_increase_se", "kl_se"), of_mean, strict=True)))
+        return ReplacementScores(base_ce, int(total), layers, together, mean_se)
 
 
-def loss_scores(ce: float, replaced_ce: float, kl: float, ablated_ce: float) -> LossScores:
-    """The scores from three cross-entropies in nats a token: the base's own, with its MLPs replaced, and with their
-    mean outputs in place of them."""
-    recovered = None if ablated_ce == ce else 1 - (replaced_ce - ce) / (ablated_ce - ce)
-    return LossScores(ce_increase=replaced_ce - ce, kl=kl, loss_recovered=recovered)
+class ReplacementScores(NamedTuple):
+    """The base's own cross-entropy and the tokens predicted; each layer's scores, those of all layers at once, and the
+    standard errors of the layers' means."""
+
+    base_ce: float
+    tokens: int
+    layers: list[LossScores]
+    together: LossScores
+    mean_se: dict[str, float]
+
+
+def loss_scores(rise: float, kl: float, rise_error: float, kl_error: float, ablated: float) -> LossScores:
+    """The scores from the cross-entropy's rise and the KL with MLPs replaced, in nats a token, their standard errors,
+    and the rise with the MLPs' mean outputs."""
+    errors = finite({"ce_increase_se": rise_error, "kl_se": kl_error})
+    return LossScores(ce_increase=rise, kl=kl, loss_recovered=1 - rise / ablated if ablated else None, **errors)
 
 
 @contextmanager

@@ -146,7 +146,6 @@ def as_map(sample: Sample, index: int) -> Callable[[Tensor], Tensor]:
     layer = sample.base.layers[index]
     site = sample.base.site(layer)
     if site.enter is site.leave:
-        dtype = next(site.enter.parameters()).dtype
-        return lambda x: site.enter(x.to(dtype)[None])[0].float()
+        return lambda x: site.enter(x.to(sample.base.model.dtype)[None])[0].float()
     x, y = (of[index, :READ_ROWS] for of in (sample.inputs, sample.outputs))
     return MLPWeights.read(sample.base, layer, x, y)

@@ -48,7 +48,7 @@ def loss_table(evaluation: Evaluation) -> str:
     """The table of what the base loses with its MLPs replaced."""
     rows = {str(layer): of_row(scores, LOSS_COLUMNS) for layer, scores in evaluation.layers.items()}
     rows["all"] = of_row(evaluation.all_layers, LOSS_COLUMNS)
-    tokens = "" if evaluation.loss_tokens is None else f", on {evaluation.loss_tokens:,} of them"
+    tokens = "" if evaluation.loss_tokens is None else f", over {evaluation.loss_tokens:,} predicted"
     return (
         f"the base's own loss: {evaluation.base_ce:.4f} nats a token{tokens}\n{table('replaced', LOSS_COLUMNS, rows)}"
     )

@@ -32,10 +32,11 @@ def weight_scores(
     """
     head = sample.base.model.get_output_embeddings()
     mine = range(process_index(), len(transcoders), process_count())
+    mlps = [as_map(sample, index) for index in range(len(transcoders))]  # by all processes, since they may sum
     scores: dict[int, dict[str, Any]] = {}
     for index in tqdm(mine, desc="derivatives and interchanges", unit="layer", disable=not is_main()):
         layer, transcoder, std = sample.base.layers[index], transcoders[index], output_stds[index]
-        mlp, x = as_map(sample, index), sample.inputs[index]
+        mlp, x = mlps[index], sample.inputs[index]
         maps = (mlp, lambda x, transcoder=transcoder: transcoder(x.float()).float())
         probes = isotropic_probes(x.float(), covariances[index].diagonal().sqrt())
         differences = (x.float(), sample.others(x).float() - x.float())
