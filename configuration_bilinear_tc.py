@@ -34,7 +34,8 @@ class BilinearTCConfig(PretrainedConfig):
     `BilinearTCConfig()` to compare against; a model cannot be built from it.
 
     Raises:
-        ValueError: a width that is not a whole number of at least 1, an unknown form, or a negative layer index.
+        ValueError: a width that is not a whole number of at least 1, an unknown form, a negative layer index, or the
+            config.json at the root of a set, which only says where its layers are.
     """
 
     model_type = "bilinear_tc"
@@ -52,6 +53,11 @@ class BilinearTCConfig(PretrainedConfig):
         mlp_path: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if layers := kwargs.pop("layers", None):
+            raise ValueError(
+                f"This is a set, with a transcoder for each of layers {', '.join(map(str, layers))}: name one, as in "
+                f'AutoModel.from_pretrained(…, subfolder="layer_{layers[0]}", trust_remote_code=True).'
+            )
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}.")
         self.n_inputs: int = _whole_number("n_inputs", n_inputs, at_least=1)

@@ -64,6 +64,8 @@ class BilinearTC(PreTrainedModel):
     _no_split_modules = ["BilinearTC"]  # noqa: RUF012  (so declared by the base class)
     # transformers 4.46 would otherwise take the dtype of the first tensor, a statistic, for that of all.
     _supports_param_buffer_assignment = False
+    # There is no attention, so that what a caller asks of it is accepted (transformers 4.51 looks at these names).
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn_2 = True
 
     config: BilinearTCConfig
     left: nn.Linear
@@ -383,6 +385,9 @@ class BilinearTC(PreTrainedModel):
             for name in STATISTICS:
                 if _is_missing(getattr(self, name)):
                     nn.init.constant_(getattr(self, name), 0.0 if name.endswith("mean") else 1.0)
+
+    def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str:
+        return "eager"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BilinearTC:
         """Every cast and move of a module comes through here: the statistics move, but are not narrowed."""

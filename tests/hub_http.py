@@ -66,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         failure = fault() if callable(fault) else fault
         self.answer_lost = failure == "lost"
         if isinstance(failure, int):
-            raise HubError(failure, "Injected fault")
+            asked = {"Retry-After": "1"} if failure == 429 else {}
+            raise HubError(failure, "Injected fault", headers=asked)
         if failure == "drop":
             raise Dropped
 

@@ -44,6 +44,7 @@ class Publisher:
 def send() -> None:
     """All that the command asks of the Hub, from when it has built the folder; its arguments are RUN and settings."""
     run, settings = Path(sys.argv[1]), publish.Publication(**json.loads(sys.argv[2]))
-    hub = HubRepository(settings.repo_id, settings.revision, first_wait=0.02)
+    keep_layers = settings.allow_partial and not settings.overwrite
+    hub = HubRepository(settings.repo_id, settings.revision, keep_layers=keep_layers, first_wait=0.02)
     hub.check_token()
     publish.send(hub, settings, Run(run), list_files(run / publish.FOLDER))

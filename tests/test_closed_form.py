@@ -86,12 +86,14 @@ def test_unit_coefficients_are_each_neurons_least_squares_quadratic(neox):
     with torch.no_grad():
         z = weights.gate(x)
         fit = ActivationFit(weights, Moments.of(z[:100]))
-        fit.add(x[:100])
-        fit.add(x[100:])
+        rows = torch.rand(500)
+        fit.add(x[:100], rows[:100])
+        fit.add(x[100:], rows[100:])
         coefficients = fit.solve()
         t = (z.double() - fit.shift) / fit.scale
     for neuron in (0, 17, 63):
-        expected = np.polyfit(t[:, neuron].numpy(), weights.act(z[:, neuron]).double().numpy(), deg=2)[::-1]
+        target = weights.act(z[:, neuron]).double().numpy()
+        expected = np.polyfit(t[:, neuron].numpy(), target, deg=2, w=rows.sqrt().numpy())[::-1]
         np.testing.assert_allclose(coefficients[:, neuron].numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -101,7 +103,7 @@ def test_gated_coefficients_are_the_least_squares_line_weighted_by_up(llama):
     with torch.no_grad():
         g, up = weights.gate(x), weights.up(x)
         fit = ActivationFit(weights, Moments.of(g))
-        fit.add(x)
+        fit.add(x, torch.ones(500))
         coefficients = fit.solve()
         t = (g.double() - fit.shift) / fit.scale
     for neuron in (0, 39):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -138,9 +139,16 @@ def test_it_is_fitted_and_measured(base: Base) -> None:
     reconstruction = Reconstruction(transcoders, affine, CPU)
     evaluation = measure(batches, fitter.activations, reconstruction, Replacement(base, transcoders))
     scores = evaluation.to_json()
-    assert all(torch.tensor(list(layer.values())).isfinite().all() for layer in scores["layers"].values())
+    assert all(math.isfinite(value) for layer in scores["layers"].values() for value in numbers(layer))
+    layer = evaluation.layers[1]
+    assert layer.jacobian_cosine is not None
+    assert layer.interchange.keys() >= {"embedding", "attention 0", "mlp 0"}
     if start == "mlp":
         assert evaluation.mean("fvu") < 0.5 * evaluation.mean("fvu_linear")
+
+
+def numbers(scores: dict) -> list[float]:
+    return [n for value in scores.values() for n in (numbers(value) if isinstance(value, dict) else [value])]
 
 
 class Pair(nn.Module):

@@ -36,6 +36,25 @@ def test_without_a_ridge_it_is_the_least_squares_solution():
     torch.testing.assert_close(bias, expected_bias, rtol=1e-4, atol=1e-3)
 
 
+def test_weighted_rows_and_rows_without_bias_are_part_of_what_is_least():
+    x, y = random_problem()
+    weights, slopes, changes = torch.rand(400), torch.randn(90, 12), torch.randn(90, 5)
+    equations = LeastSquares(x.mean(0, keepdim=True) + 0.3, y.mean(0, keepdim=True) - 0.1)
+    equations.add(0, x, y, weights)
+    equations.add_without_bias(0, slopes, changes, torch.full((90,), 0.7))
+    weight, bias = equations.solve(0, ridge=1e-12)
+    design = torch.cat(
+        [
+            torch.cat([x, torch.ones(400, 1)], 1) * weights.sqrt()[:, None],
+            torch.cat([slopes, torch.zeros(90, 1)], 1) * 0.7**0.5,
+        ]
+    ).double()
+    targets = torch.cat([y * weights.sqrt()[:, None], changes * 0.7**0.5]).double()
+    solution = torch.linalg.lstsq(design, targets).solution
+    torch.testing.assert_close(weight, solution[:-1].T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bias, solution[-1], rtol=1e-4, atol=1e-3)
+
+
 def test_the_ridge_pulls_to_the_prior_in_units_of_each_feature():
     """The ridge solution is the least-squares solution of the data with one pseudo-row a feature appended."""
     x, y = random_problem()

@@ -259,6 +259,28 @@ def test_a_finished_set_is_not_fitted_over(tiny_fit: TinyFit, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_a_set_that_is_fitted_over_stays_until_the_new_one_is_whole(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """Killed in its course, resumed by --overwrite alone, and killed again while the sets change places."""
+    run = tmp_path / "run"
+    assert tiny_fit.run(run, "--max_steps", 4, "--layers", 0).returncode == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    over = ("--max_steps", 8, "--overwrite")
+    killed = tiny_fit.run(run, *over, "--no_resume", sabotage=("die_at", "os.rename", ".partial/step_00000008", "0"))
+    assert killed.returncode < 0
+    assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
+    assert tiny_fit.run(run, "--max_steps", 4, "--layers", 0).returncode == 0  # still a finished set
+
+    moving = tiny_fit.run(run, *over, sabotage=("die_at", "os.rename", ".ready/layer_1/model", "0"))
+    assert f"resuming {run}/.next after step 4 of 8" in moving.stdout
+    assert moving.returncode < 0
+    done = tiny_fit.run(run, *over)
+    assert (done.returncode, "closed form" in done.stderr) == (0, False)
+    assert_same_layers(run, tiny_fit.reference("--max_steps", 8))
+    assert checkpoints(run) == [4, 8]
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.slow
 def test_layers_of_an_unfinished_fit_without_checkpoints_are_not_fitted_over(tiny_fit: TinyFit, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert tiny_fit.run(run, sabotage=("die_at", "os.rename", ".partial/step_00000012", "0")).returncode < 0

@@ -12,6 +12,9 @@ from bilinear_tc.train.fitting import fitter
 from bilinear_tc.train.fitting.fitter import choose_micro_batch_size, make_optimizers, make_transcoders
 from bilinear_tc.train.fitting.muon import Muon
 from bilinear_tc.train.fitting.stack import Stack
+from bilinear_tc.train.fitting.tangents import Tangents
+from bilinear_tc.train.massive import median_norm
+from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch
 
@@ -82,6 +85,79 @@ def test_gradients_and_errors_equal_float64_autograd(neox, form, bias):
             )
 
 
+@pytest.mark.parametrize(("form", "bias"), [("bilinear", True), ("bilinear", False), ("input_sum", True)])
+def test_weighted_gradients_with_the_derivatives_part_equal_float64_autograd(neox, form, bias):
+    transcoders = make_transcoders(Recipe(form=form, bias=bias, init="random", hidden_multiplier=1.5), neox, CPU)
+    references = [copy.deepcopy(t).double() for t in transcoders]
+    stack = Stack(transcoders, dtype=torch.float32)
+    _, activations = filled(neox)
+    activations.weights.copy_(torch.rand(activations.weights.shape))
+    inputs, outputs = Moments.of(activations.x), Moments.of(activations.y)
+    tangents = Tangents(neox, seed=3, dtype=torch.float32)
+    tangents.begin(5, activations.rows)
+    stack.accumulate(activations, inputs, outputs, activations.rows, 16, tangents, jvp=0.3)
+
+    tangents.begin(5, activations.rows)  # the same directions again
+    assert tangents.rows == slice(1, 40, 4)
+    for layer, reference in enumerate(references):
+        x, y, weights = (of[layer].double() for of in (activations.x, activations.y, activations.weights))
+        in_std, out_std = x.std(0, correction=0), y.std(0, correction=0)
+        scored, z = (x - x.mean(0)) / in_std, (y - y.mean(0)) / out_std
+        loss = (weights[:, None] * (reference.normalized_forward(scored) - z).square()).mean()
+        rows = x[1::4]
+        directions, changes = tangents.draw(layer, rows.float(), in_std.float(), out_std.float())
+        mlp = copy.deepcopy(neox.mlp(neox.layers[layer])).double()
+        true = torch.func.jvp(mlp, (rows,), (directions.double() * in_std,))[1] / out_std
+        torch.testing.assert_close(changes.double(), true, rtol=1e-4, atol=1e-5)
+        own = torch.func.jvp(reference.normalized_forward, (scored[1::4],), (directions.double(),))[1]
+        loss = loss + 0.3 * (weights[1::4, None] * (own - true).square()).mean()
+        loss.backward()
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(
+                stack.parameters[name].grad[layer].double(), parameter.grad, rtol=1e-3, atol=1e-6, msg=name
+            )
+
+
+def test_a_direction_depends_on_the_step_and_the_rows_place_in_the_global_batch_alone(neox, monkeypatch):
+    alone, shares = Tangents(neox, 0, torch.float32), []
+    x = torch.randn(22, neox.n_inputs)
+    ones = torch.ones(neox.n_inputs)
+    for step in (2, 3):
+        alone.begin(step, 22)
+        whole = [alone.draw(layer, x[alone.rows], ones, ones)[0] for layer in (0, 1)]
+        for rank, rows in enumerate((x[:9], x[9:])):
+            monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_count", lambda: 2)
+            monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_index", lambda rank=rank: rank)
+            monkeypatch.setattr(
+                "bilinear_tc.train.fitting.tangents.sum_over_processes", lambda _: torch.tensor([9.0, 13.0])
+            )
+            share = Tangents(neox, 0, torch.float32)
+            share.begin(step, len(rows))
+            shares.append([share.draw(layer, rows[share.rows], ones, ones)[0] for layer in (0, 1)])
+            monkeypatch.undo()
+        for layer in (0, 1):
+            torch.testing.assert_close(torch.cat([share[layer] for share in shares[-2:]]), whole[layer])
+    assert not torch.equal(shares[0][0][0], shares[2][0][0])
+
+
+def test_a_massive_row_has_no_part_in_the_statistics_and_counts_by_its_relative_error(neox):
+    _, activations = filled(neox)
+    y = activations.y[1]
+    median = median_norm(activations.y)
+    torch.testing.assert_close(median[1], y.norm(dim=-1).median())
+    activations.weigh(median)
+    assert (activations.weights == 1).all()  # none is massive: nothing is weighted
+    y[7] *= 100 * median[1] / y[7].norm()
+    activations.weigh(median)
+    others = [row for row in range(40) if row != 7]
+    assert activations.weights[1, 7].item() == pytest.approx(1e-4)
+    assert (activations.weights[1, others] == 1).all()
+    inputs, outputs = activations.moments()
+    assert outputs.count.flatten().tolist() == [40, 39, 40]
+    torch.testing.assert_close(outputs.mean[1].float(), y[others].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.std[1].float(), activations.x[1][others].std(0, correction=0), rtol=1e-4, atol=0)
+
+
 def test_layers_are_views_of_the_stack_and_gradients_do_not_add_up_over_steps(neox):
     stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32)
     for name, stacked in stack.parameters.items():
@@ -124,7 +200,7 @@ def test_a_compiled_stack_is_compiled_once_for_all_layers(neox):
     assert len(errors) == 3
     assert errors.all()
     for compiled, expected in zip((inputs, outputs), eager.moments(), strict=True):
-        assert compiled.count == expected.count == 40
+        assert (compiled.count == 40).all()
         torch.testing.assert_close(compiled.mean, expected.mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(compiled.deviation, expected.deviation, rtol=1e-4, atol=1e-4)
 

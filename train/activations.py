@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.massive import row_weights
 from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.processes import sum_over_processes
 from bilinear_tc.train.text.batches import TokenBatch
 
 
@@ -26,8 +28,9 @@ class Activations:
         self.rows = 0
         self._x = torch.empty(len(base.layers), max_rows, base.n_inputs, device=device, dtype=dtype)
         self._y = torch.empty(len(base.layers), max_rows, base.n_outputs, device=device, dtype=dtype)
+        self._weights = torch.ones(len(base.layers), max_rows, device=device)
         # fused, the float32 copies that the sums are taken over are never written to memory
-        self._moments_of: Callable[[Tensor], Moments] = torch.compile(Moments.of) if compile else Moments.of
+        self._moments_of: Callable[[Tensor, Tensor], Moments] = torch.compile(Moments.of) if compile else Moments.of
 
     @property
     def x(self) -> Tensor:
@@ -36,6 +39,11 @@ class Activations:
     @property
     def y(self) -> Tensor:
         return self._y[:, : self.rows]
+
+    @property
+    def weights(self) -> Tensor:
+        """What each row counts [layers, rows], float32: 1 until `weigh` sets it."""
+        return self._weights[:, : self.rows]
 
     def fill(self, batch: TokenBatch, micro_batch_size: int) -> None:
         """Runs the base over a batch, `micro_batch_size` sequences at a time, and keeps what its MLPs saw and said."""
@@ -51,6 +59,7 @@ class Activations:
             kept = None if kept is None else kept.to(device, non_blocking=True)
             self.base.run(input_ids, partial(self._keep, kept=kept, rows=slice(first, first + count)))
             self.rows += count
+        self.weights.fill_(1)
 
     def _keep(self, layer: int, x: Tensor, y: Tensor, *, kept: Tensor | None, rows: slice) -> None:
         """Copies one layer's activations [sequences, tokens, features] to its rows; all, or those at `kept`."""
@@ -58,7 +67,19 @@ class Activations:
         for buffer, values in ((self._x, x.flatten(0, 1)), (self._y, y.flatten(0, 1))):
             buffer[index, rows] = values if kept is None else values[kept]
 
+    def weigh(self, median_norm: Tensor) -> None:
+        """Sets the rows' weights by the median norms [layers] of the MLPs' outputs (see train/massive.py)."""
+        self._weights[:, : self.rows] = row_weights(self.y, median_norm)
+
+    def count(self) -> int:
+        """Rows of all processes."""
+        return int(sum_over_processes(torch.tensor(float(self.rows), dtype=torch.float64, device=self._x.device)))
+
     def moments(self) -> tuple[Moments, Moments]:
-        """Moments [layers, features] of this process's inputs and outputs."""
-        x, y = (Moments.stack([self._moments_of(rows) for rows in buffer]) for buffer in (self.x, self.y))
+        """Moments [layers, features] of this process's inputs and outputs, over the rows of weight 1."""
+        ordinary = (self.weights == 1).float()
+        x, y = (
+            Moments.stack([self._moments_of(*of_layer) for of_layer in zip(buffer, ordinary, strict=True)])
+            for buffer in (self.x, self.y)
+        )
         return x, y

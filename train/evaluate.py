@@ -32,7 +32,10 @@ class EvaluationSettings:
     dataset_config: str | None = option(None, "The dataset's configuration name.")
     split: str | None = option(None, "Its split. Default: the recipe's eval_split.")
     text_column: str | None = option(None, "The column that holds the text.")
-    tokens: int | None = option(None, "Tokens to measure on. Default: the recipe's eval_tokens.")
+    tokens: int | None = option(None, "Tokens to measure the layers on. Default: the recipe's eval_tokens.")
+    loss_tokens: int | None = option(
+        None, "Tokens to measure the base's loss on, at the cost of a pass of the base a layer. Default: as --tokens."
+    )
     batch_size: int = option(16, "Sequences at once, over all processes.")
     dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type.")
     output: str | None = option(
@@ -61,7 +64,12 @@ def evaluate(settings: EvaluationSettings) -> None:
     base = Base.of_recipe(recipe, device, run.layers)
     transcoders = [run.load(layer).float().to(device) for layer in run.layers]
     evaluation = measure_held_out(
-        transcoders, recipe, base, held_out=held_out, batch_size=settings.batch_size, losses=True
+        transcoders,
+        recipe,
+        base,
+        held_out=held_out,
+        batch_size=settings.batch_size,
+        loss_tokens=settings.loss_tokens or held_out.eval_tokens,
     )
     target = Run(settings.output or (settings.transcoders if run.is_folder else "."))
     on_main(lambda: target.write_evaluation(evaluation))

@@ -83,11 +83,12 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A scratch folder whose files become those of the folder `target` when the block ends without an error.
 
     They reach the disk before they get their names, so that a power failure leaves no name without its content. If
-    `target` exists, the files move into it one by one, each whole; with `replace` it is deleted first. StorageError if
-    they cannot be written, as on a full disk.
+    `target` exists, the files move into it one by one, each whole; with `replace` it is deleted once they are there.
+    StorageError if they cannot be written, as on a full disk.
     """
     merge = target.is_dir() and not replace
-    scratch = (target if merge else target.parent) / f".{target.name}.{secrets.token_hex(4)}.partial"
+    place = target if merge else target.parent
+    scratch, aside = (place / f".{target.name}.{secrets.token_hex(4)}.partial" for _ in range(2))
     try:
         scratch.mkdir(parents=True)
         yield scratch
@@ -99,9 +100,11 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.replace(file, target / file.name)
             synced(target)
         else:
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                os.rename(target, aside)
             os.rename(scratch, target)
             synced(target.parent)
+            shutil.rmtree(aside, ignore_errors=True)
     except UserError:
         raise
     except WRITE_ERRORS as error:

@@ -25,6 +25,7 @@ from bilinear_tc.train.files import locked
 from bilinear_tc.train.fitting.fitter import Fitter, Progress
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
+from bilinear_tc.train.overwriting import READY, take_over, workplace
 from bilinear_tc.train.processes import (
     StopRequest,
     is_main,
@@ -47,23 +48,30 @@ def fit(recipe: Recipe) -> None:
     check_tracker(recipe.report_to)
     accelerator = start_accelerator(
         log_with=None if recipe.report_to == "none" else recipe.report_to,
-        project_config=ProjectConfiguration(recipe.output_dir, logging_dir=str(run.folder / CHECKPOINTS / LOGS)),
+        project_config=ProjectConfiguration(recipe.output_dir),
     )
     on_main(run.check_writable)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run.folder)))
-        on_main(lambda: run.check_continuable(recipe))
-        if not on_main(lambda: is_finished(run, recipe)):
+        on_main(lambda: take_over(run.folder))
+        place = Run(on_main(lambda: workplace(run, recipe).folder))
+        on_main(lambda: place.check_continuable(recipe))
+        if not on_main(lambda: is_finished(place, recipe)):
             on_main(lambda: check_text(recipe))
             base = Base.of_recipe(recipe, accelerator.device)
             recipe.n_hidden(base.n_inputs)
             base.stop_after_last_layer()
-            on_main(lambda: run.begin(recipe))
-            fit_layers(run, recipe, base, accelerator)
+            on_main(lambda: place.begin(recipe))
+            accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
+            fit_layers(place, recipe, base, accelerator)
             if recipe.eval_split is not None:
-                transcoders = [run.load(layer).float().to(accelerator.device) for layer in base.layers]
-                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, losses=False)
-                on_main(lambda: run.write_evaluation(evaluation))
+                transcoders = [place.load(layer).float().to(accelerator.device) for layer in base.layers]
+                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size)
+                on_main(lambda: place.write_evaluation(evaluation))
+        if place.folder != run.folder:
+            on_main(lambda: place.folder.rename(run.folder / READY))
+            on_main(lambda: take_over(run.folder))
+            run.forget()
     if is_main():
         print_result(run, recipe)
     accelerator.state.destroy_process_group()
@@ -148,7 +156,7 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
                 if stopping:
                     raise Interrupted(
                         f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run.folder}: "
-                        "run the same command to resume"
+                        f"run the same command{'' if recipe.resume else ', without --no_resume,'} to resume"
                     )
 
 

@@ -17,69 +17,66 @@ class Moments:
     """Count, mean and summed squared deviation of each feature, in float64, of any leading shape.
 
     Attributes:
-        count: number of rows seen.
+        count: [..., 1], the rows seen, or the sum of their weights.
         mean: [..., features].
         deviation: [..., features], Σ (x − mean)².
     """
 
-    count: int
+    count: Tensor
     mean: Tensor
     deviation: Tensor
 
     @classmethod
     def zeros(cls, *shape: int, device: torch.device | str | None = None) -> Moments:
-        return cls(0, *torch.zeros(2, *shape, dtype=torch.float64, device=device))
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(*shape[:-1], 1), zeros(*shape), zeros(*shape))
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Moments over the rows of x: [..., rows, features]."""
-        rows = x.shape[-2]
-        if rows == 0:
-            return cls.zeros(*x.shape[:-2], x.shape[-1], device=x.device)
-        # two plain sums: torch.var_mean over a leading axis takes twenty times as long on the CPU
+    def of(cls, x: Tensor, weights: Tensor | None = None) -> Moments:
+        """Moments over the rows of x: [..., rows, features], each counted as its weight says: [..., rows]."""
         x = x.float()
-        mean = x.sum(-2) / rows
-        deviation = (x - mean.unsqueeze(-2)).square().sum(-2)
-        return cls(rows, mean.double(), deviation.double())
+        weights = x.new_ones(x.shape[:-1]) if weights is None else weights.float()
+        count = weights.sum(-1, keepdim=True)
+        weights = weights.unsqueeze(-1)
+        # two plain sums: torch.var_mean over a leading axis takes twenty times as long on the CPU
+        mean = (x * weights).sum(-2) / count.clamp(min=1)
+        deviation = (x - mean.unsqueeze(-2)).square().mul(weights).sum(-2)
+        return cls(count.double(), mean.double(), deviation.double())
 
     @staticmethod
     def stack(moments: list[Moments]) -> Moments:
         """Moments of several tensors over the same rows as one, along a new first axis."""
-        return Moments(
-            moments[0].count, torch.stack([m.mean for m in moments]), torch.stack([m.deviation for m in moments])
-        )
+        return Moments(*(torch.stack(parts) for parts in zip(*(vars(m).values() for m in moments), strict=True)))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together (Chan, Golub and LeVeque 1979, pairwise update)."""
         count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
+        total, delta = count.clamp(min=1), other.mean - self.mean
         return Moments(
             count,
-            self.mean + delta * (other.count / count),
-            self.deviation + other.deviation + delta.square() * (self.count * other.count / count),
+            self.mean + delta * (other.count / total),
+            self.deviation + other.deviation + delta.square() * (self.count * other.count / total),
         )
 
     def over_processes(self) -> Moments:
         """Moments over the samples of all processes."""
         if process_count() == 1:
             return self
-        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
-        total = sum_over_processes(count)
-        mean = sum_over_processes(self.mean * count) / total
-        deviation = sum_over_processes(self.deviation + count * (self.mean - mean).square())
-        return Moments(int(total.item()), mean, deviation)
+        count = sum_over_processes(self.count)
+        mean = sum_over_processes(self.mean * self.count) / count.clamp(min=1)
+        return Moments(count, mean, sum_over_processes(self.deviation + self.count * (self.mean - mean).square()))
 
     @property
     def std(self) -> Tensor:
         """Standard deviation (of the population), float64; 1 for a feature that does not vary."""
-        std = (self.deviation / max(self.count, 1)).sqrt()
+        std = (self.deviation / self.count.clamp(min=1)).sqrt()
         # rounding of float32 data leaves a constant feature a deviation of about 1e-7 of its size
         return torch.where(std > 1e-6 * self.mean.abs() + 1e-12, std, torch.ones_like(std))
 
     def to(self, device: torch.device | str) -> Moments:
-        return Moments(self.count, self.mean.to(device), self.deviation.to(device))
+        return Moments(*(part.to(device) for part in (self.count, self.mean, self.deviation)))
 
 
 def check_finite(inputs: Moments, outputs: Moments, layers: Sequence[int], when: str) -> None:

@@ -70,6 +70,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return total
 
 
+def gather_over_processes(rows: Tensor) -> Tensor:
+    """The rows (first axis) of all processes, which must ask together, in the order of the processes."""
+    counts = torch.zeros(process_count(), dtype=torch.long, device=rows.device)
+    counts[process_index()] = len(rows)
+    counts = sum_over_processes(counts)
+    first = int(counts[: process_index()].sum())
+    everything = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+    everything[first : first + len(rows)] = rows
+    return sum_over_processes(everything)
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Does some work on the main process while the others wait; its result, a small one, is returned on all.
 

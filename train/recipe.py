@@ -83,6 +83,9 @@ class Recipe:
         "classic", "Muon's polynomials: the same in all five steps, or one fitted to each step."
     )
     weight_decay: float = option(0.01, "Decoupled weight decay of the matrices.")
+    jvp: float = option(
+        0.0, "Weight of the derivative's error in the loss: along random directions, at a quarter of the tokens."
+    )
     normalization: Literal["batch", "running"] = option(
         "batch", "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far."
     )
@@ -103,7 +106,11 @@ class Recipe:
         "Resume from the newest checkpoint of the same recipe in output_dir. --no_resume deletes the run that is "
         "there, and starts anew.",
     )
-    overwrite: bool = option(False, "Let --no_resume delete a finished set.")
+    overwrite: bool = option(
+        False,
+        "Let --no_resume fit over a finished set, which goes once the new one is whole. Without --no_resume: resume "
+        "such a fit.",
+    )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "The tracker to send each step's scores to."
     )
@@ -133,6 +140,7 @@ class Recipe:
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("jvp", 0 <= self.jvp < math.inf, "a finite number of at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
         ):
             if not fits:

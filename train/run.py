@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.constants import is_offline_mode
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
@@ -172,7 +173,7 @@ class Run:
             raise UserError(
                 f"layer_{layer} has neither held-out scores nor a training history: run train/evaluate.py first"
             )
-        means = {name: float(history[name][-SETTLED_STEPS:].mean()) for name in ("mse", "variance_explained", "fvu")}
+        means: Any = {n: float(history[n][-SETTLED_STEPS:].mean()) for n in ("mse", "variance_explained", "fvu")}
         return LayerScores(**means)
 
     def layer_folder(self, layer: int) -> Path:
@@ -198,6 +199,9 @@ class Run:
     @cached_property
     def _remote_files(self) -> set[str]:
         try:
+            if is_offline_mode():  # what lies in the cache
+                folder = Path(snapshot_download(self.where, revision=self.revision, local_files_only=True))
+                return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
             return set(list_repo_files(self.where, revision=self.revision))
         except Exception as error:  # whatever keeps huggingface_hub and its HTTP client from answering
             raise UserError(
@@ -307,14 +311,14 @@ class Run:
         """Writes the recipe and the code. What a killed process left half written is deleted, and, if the recipe says
         not to resume, so is what was there before; of files, only those that bear names of this package."""
         if not recipe.resume:
-            self._delete_fit()
+            self.delete_fit()
         for place in [self.folder, self.folder / CHECKPOINTS, *self.folder.glob("layer_*")]:
             for partial in place.glob(".*.partial"):
                 if PARTIAL.fullmatch(partial.name):
                     shutil.rmtree(partial)
         self.write_root({name: value for name, value in recipe.to_dict().items() if name != "overwrite"})
 
-    def _delete_fit(self) -> None:
+    def delete_fit(self) -> None:
         """Deletes what a fit has written; folders only if nothing else is in them."""
         folders = [path for path in self.folder.glob("layer_*") if re.fullmatch(r"layer_\d+", path.name)]
         files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
@@ -324,7 +328,7 @@ class Run:
         for folder in [*folders, self.folder / CHECKPOINTS]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        self._forget()
+        self.forget()
 
     def write_root(self, recipe_settings: dict[str, Any]) -> None:
         """Writes the recipe, and the code that makes the layers loadable."""
@@ -332,7 +336,7 @@ class Run:
             write_yaml(recipe_settings, scratch / RECIPE)
             for name in CODE_FILES:
                 shutil.copyfile(PACKAGE / name, scratch / name)
-        self._forget()
+        self.forget()
 
     def write_layers(
         self, transcoders: Sequence[BilinearTC], histories: Sequence[History], recipe: Recipe, facts: dict[str, Any]
@@ -365,15 +369,15 @@ class Run:
             save_weights(transcoder, scratch)
             write_yaml(settings, scratch / SETTINGS)
             write_history(history, scratch / HISTORY)
-        self._forget()
+        self.forget()
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         with written_whole(self.folder) as scratch:
             text = json.dumps(evaluation.to_json(), indent=2) + "\n"
             (scratch / EVALUATION).write_text(text, encoding="utf-8")
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """What was read may have been overwritten."""
         self.__dict__ = vars(Run(self.where, self.revision))
 
@@ -392,6 +396,6 @@ def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, An
 
 def save_weights(transcoder: BilinearTC, folder: Path) -> None:
     """Writes config.json and model.safetensors, without the code: it lies once, at the run's root."""
-    transcoder.save_pretrained(folder)
+    transcoder.save_pretrained(folder, max_shard_size="10000GB")  # in one file
     for name in CODE_FILES:
         (folder / name).unlink(missing_ok=True)

@@ -8,11 +8,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import OfflineModeIsEnabled
@@ -82,13 +84,22 @@ class State:
     revision: str
 
 
-def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
-    """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are."""
+def changes_between(
+    local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], *, keep_layers: bool = False
+) -> Changes:
+    """What has to change for `remote` to hold the set; files that are not of a set's layout stay as they are, and so do
+    layers that `local` lacks, if they are to be kept."""
+    folders = {path.split("/")[0] for path in local}
+
+    def belongs(path: str) -> bool:
+        of_other_layer = path.startswith("layer_") and path.split("/")[0] not in folders
+        return LAYOUT.fullmatch(path) is not None and not (keep_layers and of_other_layer)
+
     kept = [path for path, file in local.items() if path in remote and remote[path].holds(file)]
     return Changes(
         added=[path for path in local if path not in remote],
         replaced=[path for path in local if path in remote and path not in kept],
-        removed=[path for path in sorted(remote) if path not in local and LAYOUT.fullmatch(path)],
+        removed=[path for path in sorted(remote) if path not in local and belongs(path)],
         kept=kept,
     )
 
@@ -96,20 +107,30 @@ def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteF
 class HubRepository:
     """One model repository on the Hub.
 
-    Every call is tried again with growing pauses if the connection drops or the Hub answers 408, 429 or 5xx; any
-    other refusal is a HubRefusal.
+    Every call is tried again if the connection drops or the Hub answers 408, 429 or 5xx, after a pause that the Hub
+    asks for or a growing one; any other refusal is a HubRefusal.
 
     Args:
         repo_id: "owner/name".
         revision: the branch (or refs/pr/N) to publish to.
+        keep_layers: let layers that a publication lacks stay there.
         attempts: how often a call is tried in all.
         first_wait: pause before the second attempt, in seconds; each further pause is twice as long.
     """
 
-    def __init__(self, repo_id: str, revision: str = "main", *, attempts: int = 5, first_wait: float = 1.0) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str = "main",
+        *,
+        keep_layers: bool = False,
+        attempts: int = 5,
+        first_wait: float = 1.0,
+    ) -> None:
         self.api = HfApi()
-        self.repo_id, self.revision = repo_id, revision
+        self.repo_id, self.revision, self.keep_layers = repo_id, revision, keep_layers
         self.attempts, self.first_wait = attempts, first_wait
+        self._unreachable: HubUnreachable | None = None
 
     @property
     def url(self) -> str:
@@ -126,6 +147,8 @@ class HubRepository:
             HubRefusal: in one sentence, with the remedy; HubUnreachable if there was no answer.
             Exception: of a type in `expect`, as it came; and what has nothing to do with the network.
         """
+        if self._unreachable:  # asked in vain before
+            raise self._unreachable
         as_they_come: tuple[type[Exception], ...] = (HubRefusal, *expect)
         for attempt in range(1, self.attempts + 1):
             try:
@@ -136,9 +159,15 @@ class HubRepository:
                 if network_error(error) is None:
                     raise
                 if not may_pass(error) or attempt == self.attempts:
-                    kind = HubUnreachable if is_unanswered(error) else HubRefusal
-                    raise kind(self.explain(error)) from error
-                time.sleep(self.first_wait * 2 ** (attempt - 1))
+                    if is_unanswered(error):
+                        self._unreachable = HubUnreachable(self.explain(error))
+                        raise self._unreachable from error
+                    raise HubRefusal(self.explain(error)) from error
+                if wait := asked_to_wait(error):
+                    print(
+                        f"the Hub takes no more requests for {wait} seconds ({status_of(error)}): waiting", flush=True
+                    )
+                time.sleep(wait or self.first_wait * 2 ** (attempt - 1))
         raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
     def explain(self, error: BaseException) -> str:
@@ -162,12 +191,16 @@ class HubRepository:
             case None if is_offline(error):
                 return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
-                failed = f"the connection to the Hub failed {self.attempts} times"
+                failed = f"the connection to the Hub failed {self._times}"
                 return f"{failed} ({reason}): run the command again to resume"
             case _ if may_pass(error):
-                return f"the Hub failed {self.attempts} times ({status}): run the command again later to resume"
+                return f"the Hub failed {self._times} ({status}): run the command again later to resume"
             case _:
                 return f"the Hub refused the request ({status}): {reason}"
+
+    @property
+    def _times(self) -> str:
+        return "once" if self.attempts == 1 else f"{self.attempts} times"
 
     # Reading
 
@@ -181,9 +214,18 @@ class HubRepository:
         """The commit that a revision (this one's own, by default) names; None if there is none."""
         try:
             name = revision or self.revision
-            return self.ask(lambda: self.api.repo_info(self.repo_id, revision=name), expect=NOT_FOUND).sha
+            ask_info = partial(self.api.repo_info, self.repo_id, revision=name, timeout=HF_HUB_ETAG_TIMEOUT)
+            return self.ask(ask_info, expect=NOT_FOUND).sha
         except NOT_FOUND:
             return None
+
+    def answers(self) -> bool:
+        """Whether the Hub can be asked."""
+        try:
+            self.head()
+        except HubUnreachable:
+            return False
+        return True
 
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """Every file at a commit."""
@@ -194,6 +236,14 @@ class HubRepository:
             for entry in entries
             if isinstance(entry, RepoFile)
         }
+
+    def changes(self, local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile]) -> Changes:
+        """What has to change for the Hub to hold the set, if it holds `remote`."""
+        return changes_between(local, remote, keep_layers=self.keep_layers)
+
+    def fetch(self, path: str, commit: str, cache: str) -> Path:
+        """A file at a commit, on this machine."""
+        return Path(self.ask(partial(self.api.hf_hub_download, self.repo_id, path, revision=commit, cache_dir=cache)))
 
     def tags(self) -> dict[str, str]:
         """Every tag's commit."""
@@ -207,7 +257,7 @@ class HubRepository:
     def find_on_branch(self, local: Mapping[str, LocalFile]) -> State | None:
         """The state of the branch, if it holds the set."""
         head = self.head()
-        return self.state(head) if head and not changes_between(local, self.files(head)) else None
+        return self.state(head) if head and not self.changes(local, self.files(head)) else None
 
     def find_pull_request(self, local: Mapping[str, LocalFile], parent: str) -> State | None:
         """The newest pull request, not closed, that grew from `parent` and holds the set."""
@@ -224,7 +274,7 @@ class HubRepository:
             ancestors = self.ask(partial(self.api.list_repo_commits, self.repo_id, revision=commit))
             # one that was merged grew from an older state than the branch is in now
             grew_from_parent = parent in {ancestor.commit_id for ancestor in ancestors}
-            if grew_from_parent and not changes_between(local, self.files(commit)):
+            if grew_from_parent and not self.changes(local, self.files(commit)):
                 return State(commit, f"{self.api.endpoint}/{self.repo_id}/discussions/{number}", commit)
         return None
 
@@ -321,6 +371,14 @@ def status_of(error: BaseException) -> int | None:
         return failure.status
     response = getattr(failure, "response", None)
     return None if response is None else response.status_code
+
+
+def asked_to_wait(error: BaseException) -> int | None:
+    """Seconds after which the Hub takes requests again, if its answer tells them."""
+    headers = getattr(getattr(network_error(error), "response", None), "headers", {})
+    limit = re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("ratelimit", ""))
+    told = limit[1] if limit else headers.get("retry-after", "")
+    return int(told) if told.isdigit() else None
 
 
 def is_unanswered(error: BaseException) -> bool:

@@ -139,7 +139,7 @@ def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettin
     for index, checkpoint in enumerate(checkpoints):
         vectors = (moments[index] for moments in (inputs.mean, inputs.std, outputs.mean, outputs.std))
         checkpoint.statistics = {name: v.float().cpu() for name, v in zip(STATISTICS, vectors, strict=True)}
-    return inputs.count
+    return int(inputs.count.max())
 
 
 def activation_moments(base: Base, documents: Documents, settings: ImportSettings) -> tuple[Moments, Moments]:

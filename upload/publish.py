@@ -17,8 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
 from bilinear_tc.train.files import locked, sha256_of
-from bilinear_tc.train.run import Run
-from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State, changes_between
+from bilinear_tc.train.run import WEIGHTS, Run
+from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State
+from bilinear_tc.upload.others import ask, layers_in, losses, own_card, shortened, with_kept_card
 from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
 
 FOLDER = "repository"
@@ -35,6 +36,15 @@ class Publication:
     tag: str | None = field(default=None, metadata={"help": "A tag for the published commit."})
     message: str | None = field(default=None, metadata={"help": "The commit's message."})
     author: str | None = field(default=None, metadata={"help": "The name in the card's citation."})
+    card: str | None = field(
+        default=None, metadata={"help": "A card of your own to publish in place of the written one."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={
+            "help": "Let go what others put there: cards edited by hand, foreign files, layers that this run lacks."
+        },
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "Only write RUN/repository and list what publishing it would change."}
     )
@@ -74,8 +84,11 @@ def publish(run: Run, settings: Publication) -> State | None:
         UserError: the run is not fit to publish, its folder cannot be written, or the Hub refused or does not hold
             what was sent.
     """
-    hub = HubRepository(settings.repo_id, settings.revision)
-    check_publishable(run, allow_partial=settings.allow_partial)
+    keep_layers = settings.allow_partial and not settings.overwrite
+    hub = HubRepository(
+        settings.repo_id, settings.revision, keep_layers=keep_layers, attempts=1 if settings.dry_run else 5
+    )
+    check_publishable(run, allow_partial=settings.allow_partial, offline=settings.dry_run and not hub.answers())
     if not settings.dry_run:
         hub.check_token()
     folder = build_repository(
@@ -83,20 +96,28 @@ def publish(run: Run, settings: Publication) -> State | None:
         run.folder / FOLDER,
         repo_id=settings.repo_id,
         author=settings.author,
+        card=own_card(run.folder / FOLDER, settings.card, overwrite=settings.overwrite),
         save_dtype=settings.save_dtype,
         with_pt=settings.with_pt,
     )
     local = list_files(folder)
     print(f"{folder}: {counted(len(local), 'file')}, {readable_size(sum(file.size for file in local.values()))}")
     if settings.dry_run:
-        show_plan(hub, local)
+        show_plan(hub, local, overwrite=settings.overwrite)
         return None
     return send(hub, settings, run, local)
 
 
 def send(hub: HubRepository, settings: Publication, run: Run, local: Mapping[str, LocalFile]) -> State:
     """Makes the Hub hold the set, reads it back, tags it and prints where it is."""
-    state = bring_up_to_date(hub, settings, run, local)
+    parent = hub.ensure(private=settings.private)
+    remote = hub.files(parent)
+    local = with_kept_card(hub, local, remote, parent, settings.overwrite)
+    if gone := losses(hub, local, remote):
+        ask(gone, "name another --repo_id", overwrite=settings.overwrite)
+    if hub.keep_layers and (others := layers_in(remote) - layers_in(local)):
+        print(f"left as it was on the Hub: {shortened(sorted(others))}")
+    state = bring_up_to_date(hub, settings, run, local, parent, hub.changes(local, remote))
     verify(hub, state.commit, local, run, settings.save_dtype)
     if settings.tag:
         hub.tag(settings.tag, state.commit, settings.message)
@@ -104,10 +125,10 @@ def send(hub: HubRepository, settings: Publication, run: Run, local: Mapping[str
     return state
 
 
-def bring_up_to_date(hub: HubRepository, settings: Publication, run: Run, local: Mapping[str, LocalFile]) -> State:
+def bring_up_to_date(
+    hub: HubRepository, settings: Publication, run: Run, local: Mapping[str, LocalFile], parent: str, changes: Changes
+) -> State:
     """Makes the Hub hold the set, unless it does already."""
-    parent = hub.ensure(private=settings.private)
-    changes = changes_between(local, hub.files(parent))
     state = None if changes else hub.state(parent)
     if changes and settings.create_pr:
         state = hub.find_pull_request(local, parent)
@@ -122,20 +143,24 @@ def bring_up_to_date(hub: HubRepository, settings: Publication, run: Run, local:
     return state
 
 
-def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
+def show_plan(hub: HubRepository, local: Mapping[str, LocalFile], *, overwrite: bool = False) -> None:
     """Lists the files with their sizes and, if the Hub can be asked, what publishing them would change."""
     marks: dict[str, str] = {}
     removed: list[str] = []
     try:
         head = hub.head() or hub.head("main")  # where a new branch starts
-        changes = changes_between(local, hub.files(head) if head else {})
+        remote = hub.files(head) if head else {}
+        local = with_kept_card(hub, local, remote, head or "", overwrite)
     except HubUnreachable as error:
         outcome = f"the files were not compared with {hub.repo_id} on the Hub: {error}"
     else:
+        changes = hub.changes(local, remote)
         listed = {"=": changes.kept, "+": changes.added, "~": changes.replaced}
         marks = {path: mark for mark, paths in listed.items() for path in paths}
         removed = changes.removed
         outcome = f"publishing to {hub.repo_id} means {summary(changes)}"
+        if gone := losses(hub, local, remote):
+            outcome += f"; it would {gone}, which needs --overwrite"
     for path, file in local.items():
         print(f"{marks.get(path, ' ')} {readable_size(file.size):>9}  {path}")
     for path in removed:
@@ -144,37 +169,54 @@ def show_plan(hub: HubRepository, local: Mapping[str, LocalFile]) -> None:
 
 
 def verify(hub: HubRepository, commit: str, local: Mapping[str, LocalFile], run: Run, save_dtype: str | None) -> None:
-    """Reads the set back from the Hub at one commit: sizes and hashes of all files, and one layer as users load it.
+    """Reads the set back from the Hub at one commit: sizes and hashes of all files, and every layer as users load it.
 
-    UserError if the Hub holds something else than what was sent.
+    The weights of the first layer are fetched. Those of the others, which the Hub holds by the same hash, are linked to
+    the local ones where a download would put them, so that a set of gigabytes does not travel twice.
+
+    UserError if the Hub holds something else than what was sent, or a layer does not load.
     """
-    layer = run.layers[0]
     remote = hub.files(commit)
-    changes = changes_between(local, remote)
+    changes = hub.changes(local, remote)
     wrong = changes.added + changes.replaced + changes.removed
     with tempfile.TemporaryDirectory() as cache:
         small = [path for path in changes.kept if not remote[path].large]
-        snapshot = hub.ask(
-            lambda: hub.api.snapshot_download(hub.repo_id, revision=commit, cache_dir=cache, allow_patterns=small)
+        snapshot = Path(
+            hub.ask(
+                lambda: hub.api.snapshot_download(hub.repo_id, revision=commit, cache_dir=cache, allow_patterns=small)
+            )
         )
-        wrong += [path for path in small if sha256_of(Path(snapshot, path)) != local[path].sha256]
+        wrong += [path for path in small if sha256_of(snapshot / path) != local[path].sha256]
         if wrong:
             raise UserError(
                 f"{hub.repo_id} at {commit[:12]} does not hold {', '.join(sorted(wrong))} as they were sent: "
                 "run the command again"
             )
-        published = hub.ask(
-            lambda: AutoModel.from_pretrained(
-                hub.repo_id, subfolder=f"layer_{layer}", revision=commit, trust_remote_code=True, cache_dir=cache
-            )
-        )
-        kept = load_layer(run, layer, save_dtype)
-        if not same_outputs(published.to(kept.dtype), kept):
-            raise UserError(
-                f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
-                "run the command again, and report it if it stays so"
-            )
-    print(f"read back {counted(len(local), 'file')}; layer_{layer} gives the run's outputs")
+        for layer in run.layers:
+            weights = f"layer_{layer}/{WEIGHTS}"
+            if layer != run.layers[0] and remote[weights].large:
+                (snapshot / weights).symlink_to(local[weights].path.resolve())
+            published = load_published(hub, commit, layer, cache)
+            kept = load_layer(run, layer, DTYPES[save_dtype] if save_dtype else None)
+            if not same_outputs(published.to(kept.dtype), kept):
+                raise UserError(
+                    f"layer_{layer} of {hub.repo_id} at {commit[:12]} gives other outputs than the run's: "
+                    "run the command again, and report it if it stays so"
+                )
+    print(f"read back {counted(len(local), 'file')}; every layer loads, and gives the run's outputs")
+
+
+def load_published(hub: HubRepository, commit: str, layer: int, cache: str) -> Any:
+    """A layer as users load it, code included."""
+    place = {"subfolder": f"layer_{layer}", "revision": commit, "cache_dir": cache}
+    try:
+        return hub.ask(lambda: AutoModel.from_pretrained(hub.repo_id, trust_remote_code=True, **place))
+    except UserError:
+        raise
+    except Exception as error:  # what its users would see
+        raise UserError(
+            f"layer_{layer} of {hub.repo_id} is published at {commit[:12]}, but does not load: {one_line(error)}"
+        ) from error
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,9 +19,11 @@ from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import base_location
 from bilinear_tc.train.errors import UserError, one_line
+from bilinear_tc.train.files import read_json, write_yaml, written_whole
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import (
     CODE_FILES,
@@ -34,12 +37,11 @@ from bilinear_tc.train.run import (
     WEIGHTS,
     Run,
     save_weights,
-    write_yaml,
-    written_whole,
 )
 from bilinear_tc.upload.figures import COMPARISON, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.pt_checkpoint import checkpoint_name, export_checkpoint
+from bilinear_tc.upload.stamp import stamped
 
 # What config.json says alike of every layer of a set; the card says it once.
 ALIKE = ("base_model", "base_revision", "form", "n_inputs", "n_hidden", "n_outputs", "bias")
@@ -54,6 +56,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PATHS = (
     REPOCARD_NAME,
     *CODE_FILES,
+    CONFIG,
     RECIPE,
     EVALUATION,
     f"{FIGURES}/{COMPARISON}",
@@ -84,12 +87,13 @@ class LocalFile:
     git_oid: str
 
 
-def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
+def check_publishable(run: Run, *, allow_partial: bool = False, offline: bool = False) -> None:
     """Finds a run fit to publish, or says all that is wrong with it.
 
     Args:
         run: the run, in a folder.
         allow_partial: let layers that the recipe names be missing, or fitted for fewer steps than it says.
+        offline: do not wait for a network to tell how many layers the base has.
 
     Raises:
         UnfitRun: all that is wrong with the run, a line each.
@@ -98,7 +102,7 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
     problems += [*run.export_problems(), *foreign_links(run), *unprintable_words(run), *disagreements(run)]
     problems += score_problems(run)
-    problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial=allow_partial)
+    problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial, offline)
     if problems:  # the same may keep several things from being read
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
 
@@ -106,7 +110,7 @@ def check_publishable(run: Run, *, allow_partial: bool = False) -> None:
 def foreign_links(run: Run) -> Iterator[str]:
     """Files of the run that are links to somewhere else, but for those into the cache that a Hub snapshot lies in."""
     home = run.folder.resolve()
-    names = [RECIPE, EVALUATION, *(f"layer_{layer}/{name}" for layer in run.layers for name in LAYER_FILES)]
+    names = [RECIPE, EVALUATION, *(f"layer_{layer}/{name}" for layer in run.layers for name in layer_files(run, layer))]
     for name in names:
         target = (run.folder / name).resolve()
         if not any(target.is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
@@ -141,10 +145,10 @@ def refusal(read: Callable[..., object], *arguments: object) -> list[str]:
     return []
 
 
-def recipe_problems(run: Run, *, allow_partial: bool) -> Iterator[str]:
+def recipe_problems(run: Run, allow_partial: bool, offline: bool) -> Iterator[str]:
     """What the run lacks of its recipe, or holds beyond it."""
     recipe, layers = run.recipe, run.layers
-    wanted = recipe.layer_indices() or all_layers(recipe, at_least=max(layers) + 1)
+    wanted = recipe.layer_indices() or all_layers(recipe, max(layers) + 1, offline)
     for layer in sorted(set(layers) - set(wanted)):
         yield f"layer_{layer} is not among the recipe's layers: remove it, if it is left from another fit"
     if allow_partial:
@@ -161,10 +165,11 @@ def recipe_problems(run: Run, *, allow_partial: bool) -> Iterator[str]:
                 )
 
 
-def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
+def all_layers(recipe: Recipe, at_least: int, offline: bool) -> list[int]:
     """Every layer of the recipe's base, or, if the base cannot be asked, which it says, up to the last fitted one."""
     try:
-        config = AutoConfig.from_pretrained(base_location(recipe.base), revision=recipe.base_revision)
+        place: dict[str, Any] = {"revision": recipe.base_revision, "local_files_only": offline}
+        config = AutoConfig.from_pretrained(base_location(recipe.base), **place)
         return list(range(config.get_text_config().num_hidden_layers))
     except (OSError, ValueError, AttributeError) as error:
         reason = one_line(error)
@@ -172,12 +177,29 @@ def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
         return list(range(at_least))
 
 
+def layer_files(run: Run, layer: int) -> list[str]:
+    """The names of a layer's files: its weights may lie in several, as its index tells."""
+    folder, index = run.layer_folder(layer), f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not (folder / index).is_file():
+        return [*LAYER_FILES]
+    try:
+        shards = sorted({str(name) for name in read_json(folder / index)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):  # said by what reads it next
+        shards = [WEIGHTS]
+    return [name for name in LAYER_FILES if name != WEIGHTS] + shards
+
+
+def weight_files(run: Run, layer: int) -> list[Path]:
+    names = [name for name in layer_files(run, layer) if name.endswith(Path(WEIGHTS).suffix)]
+    return [run.layer_folder(layer) / name for name in names]
+
+
 def layer_problems(run: Run, layer: int) -> Iterator[str]:
     """All that is wrong inside one layer's folder."""
     folder = run.layer_folder(layer)
-    missing = [name for name in LAYER_FILES if not (folder / name).is_file()]
+    missing = [name for name in layer_files(run, layer) if not (folder / name).is_file()]
     yield from (f"{folder.name}/{name} is missing" for name in missing)
-    if not {CONFIG, WEIGHTS} & set(missing):
+    if not set(missing) - {SETTINGS, HISTORY}:
         try:
             yield from (f"{folder.name}: {problem}" for problem in model_problems(run, layer))
         except Exception as error:  # a damaged file can make its reader fail in any way
@@ -197,21 +219,21 @@ def model_problems(run: Run, layer: int) -> Iterator[str]:
         yield f"{CONFIG} must name the MLP of layer {layer} as mlp_path, got {config.mlp_path}"
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in BilinearTC(config).state_dict().items()}
-    with safe_open(run.layer_folder(layer) / WEIGHTS, framework="pt") as file:
-        held = set(file.keys())
-        for name in sorted(held - set(shapes)):
-            yield f"{WEIGHTS} holds {name}, which its configuration has no place for"
-        for name, shape in shapes.items():
-            if name not in held:
-                yield f"{WEIGHTS} lacks {name}"
-                continue
-            tensor = file.get_tensor(name)
-            if list(tensor.shape) != shape:
-                yield f"{name} has shape {list(tensor.shape)}, but {CONFIG} asks for {shape}"
-            if not tensor.isfinite().all():
-                yield f"{name} holds values that are not finite"
-            elif name == "input_std" and not (tensor > 0).all():
-                yield "input_std holds values that are not above 0, so that outputs would not be finite"
+    held = set()
+    for path in weight_files(run, layer):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                held.add(name)
+                tensor = file.get_tensor(name)
+                if name not in shapes:
+                    yield f"{WEIGHTS} holds {name}, which its configuration has no place for"
+                elif list(tensor.shape) != shapes[name]:
+                    yield f"{name} has shape {list(tensor.shape)}, but {CONFIG} asks for {shapes[name]}"
+                if not tensor.isfinite().all():
+                    yield f"{name} holds values that are not finite"
+                elif name == "input_std" and not (tensor > 0).all():
+                    yield "input_std holds values that are not above 0, so that outputs would not be finite"
+    yield from (f"{WEIGHTS} lacks {name}" for name in shapes if name not in held)
 
 
 def history_problems(run: Run, layer: int) -> Iterator[str]:
@@ -248,6 +270,7 @@ def build_repository(
     *,
     repo_id: str | None = None,
     author: str | None = None,
+    card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
 ) -> Path:
@@ -257,6 +280,7 @@ def build_repository(
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
         repo_id, author: for the card.
+        card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
 
@@ -271,6 +295,8 @@ def build_repository(
     with written_whole(folder, replace=True) as scratch:
         for name in CODE_FILES:
             shutil.copyfile(PACKAGE / name, scratch / name)
+        pointer = {"model_type": BilinearTCConfig.model_type, "auto_map": AUTO_MAP, "layers": run.layers}
+        (scratch / CONFIG).write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
         add_settings(run.recipe_settings, run.folder / RECIPE, scratch / RECIPE)
         if run.evaluation is not None:
             link_or_copy(run.folder / EVALUATION, scratch / EVALUATION)
@@ -280,7 +306,13 @@ def build_repository(
             for layer in run.layers:
                 export_checkpoint(repository, layer, repository.layer_folder(layer))
         draw_figures(run, scratch / FIGURES)
-        write_model_card(run, scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
+        readme = scratch / REPOCARD_NAME
+        if card is None:
+            write_model_card(run, scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
+            text = stamped(readme.read_text(encoding="utf-8"), "generated")
+        else:
+            text = stamped(card, "own")
+        readme.write_text(text, encoding="utf-8", newline="\n")
     return folder
 
 
@@ -290,19 +322,21 @@ def add_layer(run: Run, layer: int, target: Path, save_dtype: str | None) -> boo
     target.mkdir()
     add_settings(run.settings(layer), source / SETTINGS, target / SETTINGS)
     link_or_copy(source / HISTORY, target / HISTORY)
-    if save_dtype is None or saved_dtype(source / WEIGHTS) == DTYPES[save_dtype]:
+    before = saved_dtype(run, layer)
+    dtype = DTYPES[save_dtype] if save_dtype else before
+    if dtype == before and (source / WEIGHTS).is_file():
         for name in (CONFIG, WEIGHTS):
             link_or_copy(source / name, target / name)
         return False
-    model = load_layer(run, layer, save_dtype)
+    model = load_layer(run, layer, dtype)
     overflowing = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if overflowing:
         raise UserError(
             f"{', '.join(overflowing)} of {source.name} cannot be published as {save_dtype}, whose largest number is "
-            f"{torch.finfo(DTYPES[save_dtype]).max:g}: choose another --save_dtype"
+            f"{torch.finfo(dtype).max:g}: choose another --save_dtype"
         )
-    save_weights(model, target)
-    return True
+    save_weights(model, target)  # in one file
+    return dtype != before
 
 
 def add_settings(settings: dict[str, Any], source: Path, target: Path) -> None:
@@ -313,17 +347,20 @@ def add_settings(settings: dict[str, Any], source: Path, target: Path) -> None:
         write_yaml({name: value for name, value in settings.items() if name != "output_dir"}, target)
 
 
-def saved_dtype(weights: Path) -> torch.dtype:
+def saved_dtype(run: Run, layer: int) -> torch.dtype:
     """Type of a layer's weights as they are saved; `from_pretrained` of transformers 4 would make it float32."""
-    with safe_open(weights, framework="pt") as file:
-        return file.get_tensor(next(name for name in file.keys() if name not in STATISTICS)).dtype  # noqa: SIM118
+    for path in weight_files(run, layer):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(set(file.keys()) - set(STATISTICS)):
+                return file.get_tensor(name).dtype
+    raise ValueError(f"layer_{layer} holds no weights")
 
 
-def load_layer(run: Run, layer: int, save_dtype: str | None) -> BilinearTC:
+def load_layer(run: Run, layer: int, dtype: torch.dtype | None) -> BilinearTC:
     """A layer of the run as it is published."""
     model = run.load(layer)
-    if save_dtype is not None:
-        torch.nn.Module.to(model, DTYPES[save_dtype])  # in place; transformers' own `to` is not typed
+    if dtype is not None:
+        torch.nn.Module.to(model, dtype)  # in place; transformers' own `to` is not typed
     return model
 
 

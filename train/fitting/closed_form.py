@@ -11,84 +11,23 @@ up², makes left = α + βg, right = up, head = the down column.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from torch.nn.functional import linear
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.base import Base, linear_maps
-from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.fitting.least_squares import LeastSquares
+from bilinear_tc.train.fitting.mlp_weights import Linear, MLPWeights
 from bilinear_tc.train.fitting.stack import Stack
+from bilinear_tc.train.fitting.tangents import SHARE, Tangents
 from bilinear_tc.train.moments import Moments, check_finite
 from bilinear_tc.train.processes import sum_over_processes
 
-ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "gelu_impl")
 RIDGE = 1e-5
 MICRO_ROWS = 8192  # rows whose hidden units exist at once
-
-
-@dataclass
-class Linear:
-    """A linear map's float32 weight [outputs, inputs] and bias [outputs]."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def of(cls, module: nn.Linear | Conv1D) -> Linear:
-        weight = module.weight.detach().float()
-        weight = weight if isinstance(module, nn.Linear) else weight.T
-        bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
-        return cls(weight, bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-@dataclass
-class MLPWeights:
-    """What a base's MLP computes: `down(act(gate(x)) ⊙ up(x))`, without `⊙ up(x)` if up is None."""
-
-    gate: Linear
-    up: Linear | None
-    down: Linear
-    act: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def of(cls, mlp: nn.Module) -> MLPWeights:
-        """Reads an MLP's weights. UserError if it is neither a two-matrix nor a gated MLP of separate maps."""
-        maps = linear_maps(mlp)
-        act = next((getattr(mlp, name) for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
-        gate_name = next((name for name in maps if "gate" in name), None)
-        linears = list(maps.values())
-        if act is not None and len(maps) == 2 and gate_name is None:
-            return cls(Linear.of(linears[0]), None, Linear.of(linears[1]), act)
-        if act is not None and len(maps) == 3 and gate_name is not None:
-            up, down = (Linear.of(module) for name, module in maps.items() if name != gate_name)
-            return cls(Linear.of(maps[gate_name]), up, down, act)
-        raise UserError(
-            f"no closed-form start for {type(mlp).__name__} with the maps {', '.join(maps)}: expected two, or a gated "
-            "three, and an activation; fit it with --init random"
-        )
-
-    @property
-    def width(self) -> int:
-        return len(self.gate.weight)
-
-    def check(self, x: Tensor, y: Tensor, path: str) -> None:
-        """Raises UserError if these weights do not give the MLP's outputs y for its inputs x."""
-        hidden = self.act(self.gate(x.float()))
-        predicted = self.down(hidden if self.up is None else hidden * self.up(x.float()))
-        error = (predicted - y.float()).norm() / y.float().norm()
-        if not error < 0.05:
-            raise UserError(
-                f"no closed-form start for {path}: read as a plain or gated MLP, its weights miss its outputs by "
-                f"{error:.0%}; fit it with --init random"
-            )
 
 
 class ActivationFit:
@@ -109,11 +48,12 @@ class ActivationFit:
         self.powers = first.mean.new_zeros(2 * self.degree + 1, weights.width)  # Σ u² tᵏ, u = 1 without a gate
         self.products = first.mean.new_zeros(self.degree + 1, weights.width)  # Σ u² act(z) tᵏ
 
-    def add(self, x: Tensor) -> None:
-        """Adds MLP inputs x: [rows, n_inputs], float32."""
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        """Adds MLP inputs x: [rows, n_inputs], float32, each counted as its weight says: [rows]."""
         z = self.weights.gate(x)
         t = (z - self.shift) / self.scale
         power = torch.ones_like(t) if self.weights.up is None else self.weights.up(x).square()
+        power = power * weights.unsqueeze(-1)
         target = self.weights.act(z)
         for k in range(2 * self.degree + 1):
             self.powers[k] += power.sum(0)
@@ -214,8 +154,21 @@ def units(transcoder: BilinearTC, x: Tensor) -> Tensor:
     return transcoder.left(x) * transcoder.right(x)
 
 
+def unit_derivatives(transcoder: BilinearTC, x: Tensor, directions: Tensor) -> Tensor:
+    """How the hidden products change [rows, n_hidden] along z-scored directions at raw inputs x: [rows, n_inputs]."""
+    x = (x.float() - transcoder.input_mean) / transcoder.input_std
+    left, right = transcoder.left, transcoder.right
+    return linear(directions, left.weight) * right(x) + left(x) * linear(directions, right.weight)
+
+
 @torch.no_grad()
-def closed_form_start(stack: Stack, base: Base, calibration: Callable[[str], Iterable[Activations]]) -> None:
+def closed_form_start(
+    stack: Stack,
+    base: Base,
+    calibration: Callable[[str], Iterable[Activations]],
+    tangents: Tangents | None = None,
+    jvp: float = 0.0,
+) -> None:
     """Sets every layer's transcoder from its MLP, and the stack's moments from the same rows.
 
     UserError if an MLP is neither plain nor gated.
@@ -225,9 +178,10 @@ def closed_form_start(stack: Stack, base: Base, calibration: Callable[[str], Ite
         base: the decoder whose MLPs they stand in for.
         calibration: given what it is for, runs the base over the calibration sample, batch by batch. It is called
             twice: first moments are taken, then the heads are solved.
+        tangents, jvp: as for `solve_heads`.
     """
     set_all_units(stack, base, calibration("moments"))
-    solve_heads(stack, calibration("heads"))
+    solve_heads(stack, calibration("heads"), tangents, jvp)
 
 
 def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) -> None:
@@ -235,6 +189,7 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
     weights = [MLPWeights.of(base.mlp(layer)) for layer in base.layers]
     fits: list[ActivationFit] = []
     for activations in calibration:
+        stack.weigh(activations)
         inputs, outputs = (moments.over_processes() for moments in activations.moments())
         check_finite(inputs, outputs, base.layers, "the calibration sample")
         stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
@@ -244,30 +199,44 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
                 x_first, y_first = x[:MICRO_ROWS], activations.y[index][:MICRO_ROWS]
                 if len(x_first):
                     weights[index].check(x_first, y_first, base.mlp_path(layer))
-                first = Moments.of(weights[index].gate(x_first.float())).over_processes()
+                ordinary = activations.weights[index][:MICRO_ROWS] == 1
+                first = Moments.of(weights[index].gate(x_first.float()), ordinary).over_processes()
                 fits.append(ActivationFit(weights[index], first))
-            for rows in x.split(MICRO_ROWS):
-                fits[index].add(rows.float())
+            for rows, counted in zip(x.split(MICRO_ROWS), activations.weights[index].split(MICRO_ROWS), strict=True):
+                fits[index].add(rows.float(), counted)
     stack.set_statistics()
     for transcoder, fit in zip(stack.transcoders, fits, strict=True):
         fit.sum_over_processes()
         set_units(transcoder, fit)
 
 
-def solve_heads(stack: Stack, calibration: Iterable[Activations]) -> None:
-    """Solves every layer's head and its bias by ridge least squares, shrinking to the head that it has."""
+def solve_heads(
+    stack: Stack, calibration: Iterable[Activations], tangents: Tangents | None = None, jvp: float = 0.0
+) -> None:
+    """Solves every layer's head and its bias by ridge least squares, shrinking to the head that it has.
+
+    With `tangents`, the squared error of the derivative along them is added, `jvp` times.
+    """
     equations: LeastSquares | None = None
-    for activations in calibration:
+    for number, activations in enumerate(calibration):
+        stack.weigh(activations)
         if equations is None:
-            rows = activations.x[:, :MICRO_ROWS]
-            first = Moments.stack([Moments.of(units(t, x)) for t, x in zip(stack.transcoders, rows, strict=True)])
+            rows = activations.x[:, :MICRO_ROWS], activations.weights[:, :MICRO_ROWS] == 1
+            of_layers = zip(stack.transcoders, *rows, strict=True)
+            first = Moments.stack([Moments.of(units(t, x), ordinary) for t, x, ordinary in of_layers])
             equations = LeastSquares(first.over_processes().mean, torch.zeros_like(stack.outputs.mean))
         for layer, transcoder in enumerate(stack.transcoders):
-            for x, y in zip(
-                activations.x[layer].split(MICRO_ROWS), activations.y[layer].split(MICRO_ROWS), strict=True
-            ):
+            parts = (of[layer].split(MICRO_ROWS) for of in (activations.x, activations.y, activations.weights))
+            for x, y, weights in zip(*parts, strict=True):
                 z = (y.float() - transcoder.output_mean) / transcoder.output_std
-                equations.add(layer, units(transcoder, x), z)
+                equations.add(layer, units(transcoder, x), z, weights)
+        if tangents is not None:
+            tangents.begin(number, activations.rows)
+            for layer, transcoder in enumerate(stack.transcoders):
+                x = activations.x[layer][tangents.rows]
+                directions, changes = tangents.draw(layer, x, transcoder.input_std, transcoder.output_std)
+                weights = activations.weights[layer][tangents.rows] * (jvp * SHARE)
+                equations.add_without_bias(layer, unit_derivatives(transcoder, x, directions), changes, weights)
     if equations is None:
         return
     equations.sum_over_processes()

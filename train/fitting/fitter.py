@@ -19,6 +19,7 @@ from bilinear_tc.train.fitting.closed_form import closed_form_start
 from bilinear_tc.train.fitting.muon import Muon
 from bilinear_tc.train.fitting.schedule import schedule
 from bilinear_tc.train.fitting.stack import Stack
+from bilinear_tc.train.fitting.tangents import Tangents
 from bilinear_tc.train.moments import check_finite
 from bilinear_tc.train.processes import is_main, process_count
 from bilinear_tc.train.recipe import Recipe
@@ -56,6 +57,7 @@ class Fitter:
         self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
         self.optimizers = make_optimizers(recipe, self.stack)
+        self.tangents = Tangents(base, recipe.seed, dtype) if recipe.jvp else None
         if compiled:
             base.compile()
 
@@ -68,13 +70,18 @@ class Fitter:
     def start(self, batches: Sequence[TokenBatch]) -> int:
         """The closed-form start, on a calibration sample; returns the sample's tokens, over all processes."""
 
+        rows = 0
+
         def calibration(what: str) -> Iterator[Activations]:
+            nonlocal rows
+            rows = 0
             for batch in tqdm(batches, f"closed form, {what}", unit="batch", disable=not is_main(), leave=False):
                 self.activations.fill(batch, self.micro_batch_size)
+                rows += self.activations.count()
                 yield self.activations
 
-        closed_form_start(self.stack, self.base, calibration)
-        return self.stack.inputs.count
+        closed_form_start(self.stack, self.base, calibration, self.tangents, self.recipe.jvp)
+        return rows
 
     def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
         """One optimizer step. NotFiniteError on a NaN in the base's activations, before anything is updated.
@@ -90,14 +97,19 @@ class Fitter:
         with self.timer("base"):
             self.activations.fill(batch, self.micro_batch_size)
         with self.timer("statistics"):
+            self.stack.weigh(self.activations)
             inputs, outputs = (moments.over_processes() for moments in self.activations.moments())
             check_finite(inputs, outputs, self.base.layers, f"step {number + 1}")
             self.stack.inputs, self.stack.outputs = self.stack.inputs.merge(inputs), self.stack.outputs.merge(outputs)
-            rows, batch_deviation = inputs.count, outputs.deviation
+            rows, batch_deviation = self.activations.count(), outputs.deviation
             if self.recipe.normalization == "running":
                 inputs, outputs = self.stack.inputs, self.stack.outputs
         with self.timer("transcoders"):
-            errors = self.stack.accumulate(self.activations, inputs, outputs, rows, self.micro_rows)
+            if self.tangents is not None:
+                self.tangents.begin(number, self.activations.rows)
+            errors = self.stack.accumulate(
+                self.activations, inputs, outputs, rows, self.micro_rows, self.tangents, self.recipe.jvp
+            )
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
             mse, fvu = mse.cpu(), fvu.cpu()  # before the update, so that the next pass is queued while it runs

@@ -34,14 +34,22 @@ class LeastSquares:
         self.feature_sums, self.target_sums = zeros(n_features), zeros(n_targets)
         self.gram, self.cross = zeros(n_features, n_features), zeros(n_features, n_targets)
 
-    def add(self, layer: int, features: Tensor, targets: Tensor) -> None:
-        """Adds rows: features [rows, n_features], targets [rows, n_targets], float32."""
+    def add(self, layer: int, features: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """Adds rows: features [rows, n_features], targets [rows, n_targets], weights [rows] (default: 1), float32."""
         features, targets = features - self.feature_shift[layer], targets - self.target_shift[layer]
-        self.counts[layer] += len(features)
-        self.feature_sums[layer] += features.sum(0)
-        self.target_sums[layer] += targets.sum(0)
-        self.gram[layer] += features.T @ features
-        self.cross[layer] += features.T @ targets
+        weights = features.new_ones(len(features)) if weights is None else weights
+        weighted = features * weights.unsqueeze(-1)
+        self.counts[layer] += weights.sum()
+        self.feature_sums[layer] += weighted.sum(0)
+        self.target_sums[layer] += (targets * weights.unsqueeze(-1)).sum(0)
+        self.gram[layer] += weighted.T @ features
+        self.cross[layer] += weighted.T @ targets
+
+    def add_without_bias(self, layer: int, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Adds rows of `targets ≈ weight · features`, in which the bias has no part; arguments as for `add`."""
+        weighted = features * weights.unsqueeze(-1)
+        self.gram[layer] += weighted.T @ features
+        self.cross[layer] += weighted.T @ targets
 
     def sum_over_processes(self) -> None:
         """Adds up the equations of all processes."""

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.fitting.gradients import error_and_gradients
+from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
+from bilinear_tc.train.fitting.tangents import Tangents
+from bilinear_tc.train.massive import median_norm
 from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.processes import process_count, sum_over_processes
 
@@ -25,7 +27,8 @@ class Stack:
     Attributes:
         transcoders: the layers' models, float32.
         parameters: the stacked parameters by name: [layers, rows, cols] weights and [layers, rows] biases.
-        inputs, outputs: moments [layers, features] of the rows seen so far; what the transcoders' z-scores export.
+        inputs, outputs: moments [layers, features] of the ordinary rows so far; what the transcoders' z-scores export.
+        median_norm: the median norms [layers] of the MLPs' outputs in the first batch; empty before it.
     """
 
     def __init__(self, transcoders: list[BilinearTC], *, dtype: torch.dtype, compile: bool = False) -> None:
@@ -35,6 +38,8 @@ class Stack:
         config, layers = transcoders[0].config, len(transcoders)
         self.inputs = Moments.zeros(layers, config.n_inputs, device=self.device)
         self.outputs = Moments.zeros(layers, config.n_outputs, device=self.device)
+
+        self.median_norm = torch.empty(0, device=self.device)
 
         named = {name: p.shape for name, p in transcoders[0].named_parameters()}
         self._gradients = torch.zeros(layers * sum(shape.numel() for shape in named.values()), device=self.device)
@@ -51,21 +56,37 @@ class Stack:
                 module_name, _, leaf = name.rpartition(".")
                 setattr(transcoder.get_submodule(module_name), leaf, view)
             self.parameters[name] = stacked
-        self._error_and_gradients = torch.compile(error_and_gradients) if compile else error_and_gradients
+        functions = error_and_gradients, tangent_error_and_gradients
+        self._functions = [torch.compile(function) if compile else function for function in functions]
+
+    def weigh(self, activations: Activations) -> None:
+        """Sets the weights of a batch's rows; the median norms are the first batch's."""
+        if not len(self.median_norm):
+            self.median_norm = median_norm(activations.y)
+        activations.weigh(self.median_norm)
 
     def accumulate(
-        self, activations: Activations, inputs: Moments, outputs: Moments, rows: int, micro_rows: int
+        self,
+        activations: Activations,
+        inputs: Moments,
+        outputs: Moments,
+        rows: int,
+        micro_rows: int,
+        tangents: Tangents | None = None,
+        jvp: float = 0.0,
     ) -> Tensor:
-        """Sets the gradients of the mean squared error, z-scored, over the rows of all processes.
+        """Sets the gradients of the mean squared error, z-scored and weighted, over the rows of all processes.
 
         Args:
-            activations: this process's rows.
+            activations: this process's rows and their weights.
             inputs, outputs: moments [layers, features] to z-score with.
             rows: rows of all processes together, which the mean is over.
             micro_rows: rows worked on at once.
+            tangents: the directions of this batch, if the loss has a part for the derivative along them.
+            jvp: the weight of that part.
 
         Returns:
-            [layers] float64 Σ‖z − ẑ‖² over all processes' rows, as the gradients are.
+            [layers] float64 Σ w ‖z − ẑ‖² over all processes' rows, as the gradients are.
         """
         self._gradients.zero_()
         errors = torch.zeros(len(self.transcoders), dtype=torch.float64, device=self.device)
@@ -73,29 +94,24 @@ class Stack:
         # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
         factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
         on_device = torch.full((), factor, device=self.device)  # as a number it would be compiled anew for other rows
+        tangents_on_device = on_device * (0 if tangents is None else jvp * rows / tangents.count)
+        of_rows, of_tangents = self._functions
         input_mean, input_std = inputs.mean.float(), inputs.std.float()
         output_mean, output_std = outputs.mean.float(), outputs.std.float()
         for layer, transcoder in enumerate(self.transcoders):
             parameters = dict(transcoder.named_parameters())
-            for x, y in zip(
-                activations.x[layer].split(micro_rows), activations.y[layer].split(micro_rows), strict=True
-            ):
-                error, gradients = self._error_and_gradients(
-                    parameters,
-                    x,
-                    y,
-                    input_mean[layer],
-                    input_std[layer],
-                    output_mean[layer],
-                    output_std[layer],
-                    on_device,
-                    self.dtype,
-                )
+            statistics = input_mean[layer], input_std[layer], output_mean[layer], output_std[layer]
+            parts = (of[layer].split(micro_rows) for of in (activations.x, activations.y, activations.weights))
+            for part in zip(*parts, strict=True):
+                error, gradients = of_rows(parameters, *part, *statistics, on_device, self.dtype)
                 errors[layer] += error
-                for name, gradient in gradients.items():
-                    total = parameters[name].grad
-                    assert total is not None
-                    total += gradient
+                add(gradients, parameters)
+            if tangents is not None:
+                x, weights = (of[layer][tangents.rows] for of in (activations.x, activations.weights))
+                drawn = tangents.draw(layer, x, input_std[layer], output_std[layer])
+                x = (x.float() - input_mean[layer]) / input_std[layer]
+                for part in zip(*(of.split(micro_rows) for of in (x, *drawn, weights)), strict=True):
+                    add(of_tangents(parameters, *part, tangents_on_device, self.dtype)[1], parameters)
         if factor != scale:
             self._gradients.mul_(scale / factor)
         if process_count() > 1:
@@ -118,6 +134,7 @@ class Stack:
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "inputs": vars(self.inputs),
             "outputs": vars(self.outputs),
+            "median_norm": self.median_norm,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -125,3 +142,12 @@ class Stack:
             parameter.data.copy_(state["parameters"][name])
         self.inputs = Moments(**state["inputs"]).to(self.device)
         self.outputs = Moments(**state["outputs"]).to(self.device)
+        self.median_norm = state["median_norm"].to(self.device)
+
+
+def add(gradients: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    """Adds gradients to those of the parameters of their names."""
+    for name, gradient in gradients.items():
+        total = parameters[name].grad
+        assert total is not None
+        total += gradient

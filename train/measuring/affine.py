@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ RIDGE = 1e-6
 
 
 def solve_affine(
-    transcoders: Sequence[BilinearTC], batches: Sequence[TokenBatch], activations: Activations, micro_batch_size: int
+    transcoders: Sequence[BilinearTC], batches: Iterable[TokenBatch], activations: Activations, micro_batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """The best affine map of each layer on the batches: weights [layers, n_outputs, n_inputs] and biases.
 

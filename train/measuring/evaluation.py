@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from bilinear_tc.train.errors import UserError
@@ -20,10 +20,13 @@ class LossScores:
         ce_increase: rise of the cross-entropy, nats a token.
         kl: KL(base ‖ base with transcoders), nats a token.
         loss_recovered: 1 − ce_increase / (its rise with the MLPs' mean outputs); None if that costs nothing either.
+        ce_increase_se, kl_se: standard errors over sequences.
     """
 
     ce_increase: float
+    ce_increase_se: float | None = None
     kl: float | None = None
+    kl_se: float | None = None
     loss_recovered: float | None = None
 
 
@@ -31,22 +34,69 @@ class LossScores:
 class LayerScores:
     """The scores of one layer; None for what was not measured.
 
+    Rows are *ordinary* unless their output is massive, by the rule in `Evaluation`.
+
     Attributes:
         fvu, variance_explained: on z-scored outputs; each is 1 − the other.
+        fvu_se, fvu_ordinary_se: standard errors over sequences.
         fvu_raw: FVU on raw outputs.
         mse: mean squared error of a raw output feature; in a history, of a z-scored one.
         fvu_linear: FVU of the best affine map of the same input.
-        ce_increase, kl, loss_recovered: as in `LossScores`, with this layer's MLP alone replaced.
+        worst_channel: the output channel (`index`) that carries more than half of the raw squared error, if one does,
+            and its `share`.
+        fvu_ordinary: FVU on ordinary rows, z-scored by their own statistics.
+        massive_share: the share of rows that are massive.
+        massive_norm: the norm of an output above which it is massive.
+        massive_error: Σ‖y − ŷ‖² / Σ‖y‖² on massive rows.
+        error_quantiles: of an ordinary row's own error ‖z − ẑ‖² / n_outputs, by percent.
+        error_by_position: mean of that error by position in the sequence; over all of them, that mean is fvu_ordinary.
+        jacobian_cosine, jacobian_error: of the Jacobians over isotropic probes in z units, as `jacobian.py` says.
+        jacobian_cosine_data, jacobian_error_data: the same over differences of two tokens' inputs.
+        interchange: R² of the predicted change of the output as one upstream component comes from another token.
+        halfway: the same as the input itself moves half way to another token's.
+        low_variance_share: of the top eigenvectors, what lies in the directions with 3% of the inputs' variance.
+        ce_increase, ce_increase_se, kl, kl_se, loss_recovered: as in `LossScores`, with this MLP alone replaced.
     """
 
     fvu: float
+    fvu_se: float | None = None
     fvu_raw: float | None = None
     variance_explained: float
     mse: float | None = None
     fvu_linear: float | None = None
+    worst_channel: dict[str, float] | None = None
+    fvu_ordinary: float | None = None
+    fvu_ordinary_se: float | None = None
+    massive_share: float | None = None
+    massive_norm: float | None = None
+    massive_error: float | None = None
+    error_quantiles: dict[str, float] | None = None
+    error_by_position: dict[str, float] | None = None
+    jacobian_cosine: float | None = None
+    jacobian_error: float | None = None
+    jacobian_cosine_data: float | None = None
+    jacobian_error_data: float | None = None
+    interchange: dict[str, float] | None = None
+    halfway: float | None = None
+    low_variance_share: float | None = None
     ce_increase: float | None = None
+    ce_increase_se: float | None = None
     kl: float | None = None
+    kl_se: float | None = None
     loss_recovered: float | None = None
+
+    @property
+    def interchange_mean(self) -> float | None:
+        return sum(self.interchange.values()) / len(self.interchange) if self.interchange else None
+
+    @property
+    def interchange_worst(self) -> float | None:
+        return min(self.interchange.values()) if self.interchange else None
+
+
+NEEDED = ("fvu", "variance_explained")
+TABLES = ("worst_channel", "error_quantiles", "error_by_position", "interchange")
+SUMMARIES = [f.name for f in fields(LayerScores) if f.name not in TABLES and not f.name.endswith("_se")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +107,9 @@ class Evaluation:
         layers: each layer's scores, ascending.
         all_layers: with every layer of the set replaced at once; None if that was not measured.
         dataset, split, tokens: the text, and how much of it was measured on.
+        loss_tokens: how many of its tokens the losses were predicted for.
+        massive_rule: which rows are massive.
+        mean_se: standard errors of means over the layers, by the names of `LayerScores`' own.
         base, base_ce: the base, and its own cross-entropy on that text in nats a token.
         held_out: False for scores of training batches, taken from the histories; these are never written.
     """
@@ -66,6 +119,9 @@ class Evaluation:
     dataset: str | None = None
     split: str | None = None
     tokens: int | None = None
+    loss_tokens: int | None = None
+    massive_rule: str | None = None
+    mean_se: dict[str, float] = field(default_factory=dict)
     base: str | None = None
     base_ce: float | None = None
     held_out: bool = True
@@ -87,10 +143,11 @@ class Evaluation:
             "dataset": self.dataset,
             "split": self.split,
             "tokens": self.tokens,
+            **_measured({"loss_tokens": self.loss_tokens, "massive_rule": self.massive_rule}),
             "base": _measured({"model": self.base, "ce": self.base_ce}),
             "layers": {str(layer): _measured(vars(scores)) for layer, scores in self.layers.items()},
             **together,
-            "mean": _measured({field.name: self.mean(field.name) for field in fields(LayerScores)}),
+            "mean": _measured({score: self.mean(score) for score in SUMMARIES} | self.mean_se),
         }
 
     @classmethod
@@ -103,10 +160,20 @@ class Evaluation:
         return cls(
             layers=dict(sorted(layers.items())),
             all_layers=_known(LossScores, all_layers) if all_layers else None,
-            **{name: content.get(name) for name in ("dataset", "split", "tokens")},
+            **{name: content.get(name) for name in TEXT},
+            mean_se={name: value for name, value in content.get("mean", {}).items() if name.endswith("_se")},
             base=base.get("model"),
             base_ce=base.get("ce"),
         )
+
+
+def finite(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores without those that came to no finite number, but for those that no layer is without."""
+    tables = {name: finite(value) or None if isinstance(value, dict) else value for name, value in scores.items()}
+    return {n: v for n, v in tables.items() if n in NEEDED or not isinstance(v, float) or math.isfinite(v)}
+
+
+TEXT = {"dataset": str, "split": str, "tokens": int, "loss_tokens": int, "massive_rule": str}
 
 
 def json_problems(content: Any) -> Iterator[str]:
@@ -114,9 +181,9 @@ def json_problems(content: Any) -> Iterator[str]:
     if not isinstance(content, dict):
         yield f"expected scores by name, got {type(content).__name__}"
         return
-    for name, kind, expected in (("dataset", str, "a name"), ("split", str, "a name"), ("tokens", int, "a number")):
+    for name, kind in TEXT.items():
         if not isinstance(content.get(name), (kind, type(None))):
-            yield f"{name} must be {expected}, got {content[name]!r}"
+            yield f"{name} must be {'a number' if kind is int else 'a name'}, got {content[name]!r}"
     for name in ("base", "all_layers", "mean"):
         if name in content:
             needed = ("ce_increase",) if name == "all_layers" and content[name] else ()
@@ -126,7 +193,7 @@ def json_problems(content: Any) -> Iterator[str]:
         yield f"layers must hold scores by layer, got {type(layers).__name__}"
         return
     for layer, scores in layers.items():
-        yield from _score_problems(f"layer {layer}", scores, ("fvu", "variance_explained"))
+        yield from _score_problems(f"layer {layer}", scores, NEEDED)
         if not layer.isdecimal():
             yield f"layers must be named by their numbers, got {layer!r}"
 
@@ -136,13 +203,15 @@ def _score_problems(name: str, scores: Any, needed: Sequence[str]) -> Iterator[s
         yield f"{name} must hold scores by name, got {type(scores).__name__}"
         return
     numbers = {key: value for key, value in scores.items() if key != "model"}  # the base has a name
+    for key in [key for key, value in numbers.items() if isinstance(value, dict) and key not in SUMMARIES]:
+        yield from _score_problems(f"{key} of {name}", numbers.pop(key), ())
     bad = [key for key, v in numbers.items() if not isinstance(v, (int, float)) or not math.isfinite(v)]
     if bad:
         yield f"{', '.join(bad)} of {name} {'is not a finite number' if len(bad) == 1 else 'are not finite numbers'}"
     yield from (f"{name} has no {key}" for key in needed if key not in scores)
 
 
-def _measured(scores: dict[str, Any]) -> dict[str, Any]:
+def _measured(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in scores.items() if value is not None}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 
 from tqdm import tqdm
 
@@ -11,16 +12,20 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.massive import RULE
 from bilinear_tc.train.measuring.affine import solve_affine
-from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores
+from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, finite
 from bilinear_tc.train.measuring.reconstruction import Reconstruction
 from bilinear_tc.train.measuring.replacement import NOTHING_TO_PREDICT, Replacement
+from bilinear_tc.train.measuring.sample import Sample
+from bilinear_tc.train.measuring.weights import weight_scores
 from bilinear_tc.train.processes import is_main
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch
-from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
+from bilinear_tc.train.text.source import open_batches, open_held_out
 
 MICRO_BATCH_SIZE = 32  # sequences that the base runs on at once
+AFFINE_ROWS = 100  # for each input that an affine map is solved on: another percent of error, at most
 
 
 def measure_held_out(
@@ -30,7 +35,7 @@ def measure_held_out(
     *,
     held_out: Recipe | None = None,
     batch_size: int,
-    losses: bool,
+    loss_tokens: int = 0,
 ) -> Evaluation:
     """Measures a set on its recipe's held-out text, or on the one that `held_out` names.
 
@@ -39,12 +44,12 @@ def measure_held_out(
     Args:
         transcoders: the layers' models, on the base's device, in the order of `base.layers`.
         recipe: what they were fitted with; the affine maps are solved on its calibration sample.
-        base: the base, with all its layers if `losses` is set.
+        base: the base, with all its layers if there are `loss_tokens`.
         held_out: a recipe whose held-out text is taken; default: `recipe`'s own.
         batch_size: sequences at once, over all processes.
-        losses: measure the base's loss with its MLPs replaced too: two forward passes a layer.
+        loss_tokens: held-out tokens to measure the base's loss on with its MLPs replaced.
     """
-    held_out = held_out or recipe
+    held_out, losses = held_out or recipe, loss_tokens > 0
     if losses and recipe.seq_len < 2:
         raise UserError(NOTHING_TO_PREDICT)
     if held_out.eval_split is None:
@@ -57,18 +62,23 @@ def measure_held_out(
     device = base.model.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype)
+    solved_on = -(-min(recipe.init_tokens, AFFINE_ROWS * base.n_inputs) // (recipe.batch_size * recipe.seq_len))
     with open_batches(recipe, base.tokenizer, device) as text:
-        sample = calibration_batches(recipe, text)
-    reconstruction = Reconstruction(
-        transcoders, solve_affine(transcoders, sample, activations, MICRO_BATCH_SIZE), device
-    )
+        affine = solve_affine(
+            transcoders, shown(text, solved_on, "affine maps to compare with"), activations, MICRO_BATCH_SIZE
+        )
+    reconstruction = Reconstruction(transcoders, affine, device)
     replacement = Replacement(base, transcoders) if losses else None
-    count = -(-held_out.eval_tokens // (batch_size * recipe.seq_len))
+    count, loss_count = (-(-tokens // (batch_size * recipe.seq_len)) for tokens in (held_out.eval_tokens, loss_tokens))
     with open_held_out(held_out, base.tokenizer, device, batch_size) as text:
-        batches = (batch for _, batch in zip(range(count), text, strict=False))
-        shown = tqdm(batches, total=count, desc="held-out text", unit="batch", disable=not is_main())
-        evaluation = measure(shown, activations, reconstruction, replacement)
+        batches = shown(text, max(count, loss_count), "held-out text")
+        evaluation = measure(batches, activations, reconstruction, replacement, count, loss_count)
     return replace(evaluation, dataset=held_out.dataset, split=held_out.eval_split, base=recipe.base)
+
+
+def shown(batches: Iterable[TokenBatch], count: int, title: str) -> Iterator[TokenBatch]:
+    """The first batches, with a bar on the main process."""
+    return iter(tqdm(islice(batches, count), total=count, desc=title, unit="batch", disable=not is_main()))
 
 
 def measure(
@@ -76,22 +86,39 @@ def measure(
     activations: Activations,
     reconstruction: Reconstruction,
     replacement: Replacement | None,
+    count: int | None = None,
+    loss_count: int | None = None,
 ) -> Evaluation:
     """Adds up the measures over this process's shares of the held-out batches.
 
     UserError if the loss is to be measured and there is no token to predict.
+
+    Args:
+        batches: the held-out text.
+        activations: buffers for one batch.
+        reconstruction, replacement: new ones, of the same layers.
+        count, loss_count: how many batches are for the layers' scores, and how many for the losses; default: all.
     """
-    for batch in batches:
-        activations.fill(batch, MICRO_BATCH_SIZE)
-        reconstruction.add(activations)
-        if replacement is not None:
+    sample = Sample(activations.base)
+    for number, batch in enumerate(batches):
+        if count is None or number < count:
+            activations.fill(batch, MICRO_BATCH_SIZE)
+            reconstruction.add(activations, batch)
+            sample.add(batch)
+        if replacement is not None and (loss_count is None or number < loss_count):
             replacement.add(batch)
-    names = [transcoder.config.layer_index for transcoder in reconstruction.transcoders]
-    scores = reconstruction.scores()
-    tokens = reconstruction.outputs.count
-    if replacement is None:
-        layers = {name: LayerScores(**own) for name, own in zip(names, scores, strict=True)}
-        return Evaluation(layers=layers, tokens=tokens)
-    ce, losses, together = replacement.scores()
-    layers = {name: LayerScores(**own, **asdict(loss)) for name, own, loss in zip(names, scores, losses, strict=True)}
-    return Evaluation(layers=layers, all_layers=together, tokens=tokens, base_ce=ce)
+    scores, mean_se = reconstruction.scores()
+    ordinary, inputs = reconstruction.ordinary, reconstruction.inputs
+    sample.take(ordinary.median)
+    transcoders = reconstruction.transcoders
+    covariances = [inputs.covariance(layer) for layer in range(len(transcoders))]
+    of_weights = weight_scores(sample, transcoders, covariances, [moments.std for moments in ordinary.outputs])
+    scores = [own | others for own, others in zip(scores, of_weights, strict=True)]
+    evaluation = Evaluation(layers={}, tokens=reconstruction.tokens, massive_rule=RULE, mean_se=finite(mean_se))
+    if replacement is not None:
+        ce, losses, together = replacement.scores()
+        scores = [own | asdict(loss) for own, loss in zip(scores, losses, strict=True)]
+        evaluation = replace(evaluation, all_layers=together, base_ce=ce)
+    names = [transcoder.config.layer_index for transcoder in transcoders]
+    layers = {name: LayerScores(**finite(own)) for name, own in zip(names, scores, strict=True)}
+    return replace(evaluation, layers=layers)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from bilinear_tc.train.measuring.evaluation import Evaluation
 
 Columns = dict[str, tuple[str, str]]  # a score: its heading, its format
 
 FIT_COLUMNS: Columns = {
     "fvu": ("FVU", ".4f"),
-    "variance_explained": ("variance explained", ".2%"),
-    "fvu_linear": ("FVU of the best affine map", ".4f"),
+    "fvu_ordinary": ("ordinary tokens", ".4f"),
+    "fvu_linear": ("best affine map", ".4f"),
+    "jacobian_cosine": ("Jacobian cosine", ".3f"),
+    "interchange_mean": ("interchange R²", ".3f"),
+    "interchange_worst": ("its worst", ".3f"),
 }
 LOSS_COLUMNS: Columns = {
     "ce_increase": ("CE increase", ".4f"),
@@ -19,28 +25,52 @@ LOSS_COLUMNS: Columns = {
 
 
 def fit_table(evaluation: Evaluation) -> str:
-    """The table of what a fit reached."""
-    rows = {str(layer): vars(scores) for layer, scores in evaluation.layers.items()}
-    rows["mean"] = {score: evaluation.mean(score) for score in FIT_COLUMNS}
+    """The table of what a fit reached, and of what a reader should know that is in no column."""
+    rows = {str(layer): of_row(scores, FIT_COLUMNS) for layer, scores in evaluation.layers.items()}
+    rows["mean"] = {score: evaluation.mean(score) for score in FIT_COLUMNS} | evaluation.mean_se
     title = f"held-out text: {evaluation.tokens:,} tokens of {evaluation.dataset} ({evaluation.split})"
-    return f"{title}\n{table('layer', FIT_COLUMNS, rows)}"
+    return "\n".join([title, table("layer", FIT_COLUMNS, rows), *remarks(evaluation)])
+
+
+def remarks(evaluation: Evaluation) -> Iterator[str]:
+    """A sentence for each layer with massive tokens, or with a channel that carries the error."""
+    for layer, scores in evaluation.layers.items():
+        if scores.massive_share:
+            yield (
+                f"layer {layer}: {scores.massive_share:.2%} of the tokens are massive, with a relative error of "
+                f"{scores.massive_error:.4f}"
+            )
+        if worst := scores.worst_channel:
+            yield f"layer {layer}: output channel {worst['index']} carries {worst['share']:.0%} of the squared error"
 
 
 def loss_table(evaluation: Evaluation) -> str:
     """The table of what the base loses with its MLPs replaced."""
-    rows = {str(layer): vars(scores) for layer, scores in evaluation.layers.items()}
-    rows["all"] = vars(evaluation.all_layers)
-    return f"the base's own loss: {evaluation.base_ce:.4f} nats a token\n{table('replaced', LOSS_COLUMNS, rows)}"
+    rows = {str(layer): of_row(scores, LOSS_COLUMNS) for layer, scores in evaluation.layers.items()}
+    rows["all"] = of_row(evaluation.all_layers, LOSS_COLUMNS)
+    tokens = "" if evaluation.loss_tokens is None else f", on {evaluation.loss_tokens:,} of them"
+    return (
+        f"the base's own loss: {evaluation.base_ce:.4f} nats a token{tokens}\n{table('replaced', LOSS_COLUMNS, rows)}"
+    )
 
 
-def table(first: str, columns: Columns, rows: dict[str, dict[str, float | None]]) -> str:
-    """Rows of scores under their headings, aligned to the right; a dash for what was not measured."""
-    widths = {score: max(8, len(heading)) for score, (heading, _) in columns.items()}
-    lines = ["  ".join([first, *(f"{heading:>{widths[score]}}" for score, (heading, _) in columns.items())])]
-    for name, scores in rows.items():
-        values = {score: scores[score] for score in columns}
-        cells = ["–" if value is None else format(value, columns[score][1]) for score, value in values.items()]
-        lines.append(
-            "  ".join([f"{name:>{len(first)}}", *(f"{c:>{w}}" for c, w in zip(cells, widths.values(), strict=True))])
-        )
-    return "\n".join(lines)
+def of_row(scores: object, columns: Columns) -> dict[str, Any]:
+    """Of an object's scores those with a column, and their standard errors."""
+    return {name: getattr(scores, name, None) for score in columns for name in (score, f"{score}_se")}
+
+
+def table(first: str, columns: Columns, rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Rows of scores under their headings, ± their standard errors, aligned to the right; a dash for what was not
+    measured."""
+    lines = {first: [heading for heading, _ in columns.values()]}
+    lines |= {name: [cell(scores, score, columns[score][1]) for score in columns] for name, scores in rows.items()}
+    widths = [max(8, *map(len, column)) for column in zip(*lines.values(), strict=True)]
+    return "\n".join(
+        "  ".join([f"{name:>{len(first)}}", *(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))])
+        for name, cells in lines.items()
+    )
+
+
+def cell(scores: Mapping[str, float | None], score: str, form: str) -> str:
+    value, error = scores[score], scores.get(f"{score}_se")
+    return "–" if value is None else format(value, form) + ("" if error is None else f" ±{error:{form}}")

@@ -1,0 +1,58 @@
+"""The derivative's part of a fit: random directions at some rows, and how each MLP's output changes along them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.fitting.mlp_weights import MLPWeights
+from bilinear_tc.train.processes import process_count, process_index, sum_over_processes
+
+SHARE = 4  # one row in so many has a direction: a step then costs about a third more
+
+
+class Tangents:
+    """For one row in `SHARE`, an isotropic direction ε in z-scored inputs and the MLP's derivative along it.
+
+    UserError if an MLP's weights cannot be read (see `MLPWeights`).
+
+    Args:
+        base: the decoder whose MLPs' derivatives are taken.
+        seed: of the directions. They depend on it, the step and the row's place in the global batch alone, so that
+            neither a resumed fit nor another number of processes changes them.
+        dtype: of the products.
+    """
+
+    def __init__(self, base: Base, seed: int, dtype: torch.dtype) -> None:
+        self.mlps = [MLPWeights.of(base.mlp(layer), dtype) for layer in base.layers]
+        self.seed, self.device = seed, base.model.device
+
+    def begin(self, step: int, rows: int) -> None:
+        """Chooses a batch's rows, of which this process has some number."""
+        counts = torch.zeros(process_count(), dtype=torch.float64, device=self.device)
+        counts[process_index()] = rows
+        counts = sum_over_processes(counts).long()
+        before, everywhere = int(counts[: process_index()].sum()), int(counts.sum())
+        first = (step - before) % SHARE
+        self.rows = slice(first, rows, SHARE)
+        self.count = len(range(step % SHARE, everywhere, SHARE))  # over all processes
+        self._drawn_before = len(range(step % SHARE, before, SHARE))
+        self._generator = torch.Generator(self.device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
+
+    def draw(self, layer: int, x: Tensor, input_std: Tensor, output_std: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions ε [rows, n_inputs] for the chosen rows of a layer, and the MLP's derivatives along them.
+
+        To be called for one layer after another.
+
+        Args:
+            layer: counts the layers under fit.
+            x: raw inputs of the chosen rows [rows, n_inputs].
+            input_std, output_std: [features] float32 of the z-scores.
+
+        Returns:
+            ε and J ε [rows, n_outputs], both in z-scored units, float32.
+        """
+        everywhere = torch.randn(self.count, x.shape[-1], generator=self._generator, device=self.device)
+        directions = everywhere[self._drawn_before : self._drawn_before + len(x)]
+        return directions, self.mlps[layer].derivative(x, directions * input_std).float() / output_std
