@@ -262,7 +262,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     path = recipe_file(name)
     parser.set_defaults(**read_settings(path))
     values = vars(parser.parse_args(arguments))
-    values.pop("recipe")
+    del values["recipe"]
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{path.stem}"
     return Recipe(**values)

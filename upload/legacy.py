@@ -78,7 +78,7 @@ class ImportSettings:
 
 
 def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Path:
-    """Turns a folder of `.pt` checkpoints into a run.
+    """Turns a folder of `.pt` checkpoints into a run, whose folder is returned.
 
     The statistics that checkpoints lack are measured from the base over the first `seq_len` tokens of each document, as
     such checkpoints were fitted: shorter documents are padded with the end of text, and the padding counts like text.
@@ -89,9 +89,6 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
         folder: holds the checkpoints.
         run: the run's folder, which is not there yet, or empty. It appears whole or not at all.
         settings: base and text, needed if a checkpoint has no statistics.
-
-    Returns:
-        The run.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is there already: name another --output_dir, or remove it")
@@ -114,8 +111,7 @@ def import_checkpoints(folder: Path, run: Path, settings: ImportSettings) -> Pat
 def measure_statistics(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> int:
     """Fills in the z-scores' statistics of these layers, and which MLPs they stand in for, in one pass over the text.
 
-    Returns:
-        The number of tokens measured on, padding included.
+    Returns the number of tokens measured on, padding included.
     """
     if settings.base is None or settings.dataset is None:
         raise UserError(

@@ -48,7 +48,7 @@ FILE_NOTES = {
 def write_model_card(
     run: Run, repository: Path, *, repo_id: str | None, author: str | None, cast_to: str | None = None
 ) -> Path:
-    """Writes README.md into a repository folder; call it once everything else is in the folder.
+    """Writes README.md into a repository folder, once everything else is in it; returns the file.
 
     UserError if the run has no layers, its files are not readable, the card does not pass `check_card`, or it cannot be
     written.
@@ -59,9 +59,6 @@ def write_model_card(
         repo_id: where it will be published; without it the snippets load from the current folder.
         author: the name in the citation; by default the owner in `repo_id`.
         cast_to: the weights' dtype, if it is another than the one that they were measured in.
-
-    Returns:
-        The card's path.
     """
     context = card_context(run, repository, repo_id=repo_id, author=author) | {"cast_to": cast_to}
     environment = jinja2.Environment(

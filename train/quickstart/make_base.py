@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.text.documents import python_stdlib_files
 
 END_OF_TEXT = "<|endoftext|>"
-
 
 README = """# The quickstart base
 
@@ -82,15 +80,6 @@ def unigram_entropy(train: torch.Tensor, held_out: torch.Tensor, vocab_size: int
     return -(counts / counts.sum()).log()[held_out].mean().item()
 
 
-def random_windows(tokens: torch.Tensor, batch_size: int, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless [batch_size, length] batches of windows at random places."""
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.arange(length)
-    while True:
-        starts = torch.randint(len(tokens) - length, (batch_size, 1), generator=generator)
-        yield tokens[starts + offsets]
-
-
 @torch.inference_mode()
 def held_out_loss(model: GPTNeoXForCausalLM, tokens: torch.Tensor, length: int, batch_size: int) -> float:
     """Mean cross-entropy in nats a token over the held-out text, in windows of `length` tokens."""
@@ -119,15 +108,16 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
 
 
 def train(model: GPTNeoXForCausalLM, tokens: torch.Tensor, settings: BaseSettings) -> None:
-    """AdamW on random windows of the text, gradients cut at norm 1."""
+    """AdamW on windows of the text at random places, gradients cut at norm 1."""
     matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    batches = random_windows(tokens, settings.batch_size, settings.length, seed=0)
+    generator, offsets = torch.Generator().manual_seed(0), torch.arange(settings.length)
     for step in (progress := tqdm(range(settings.steps), unit="step")):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings.steps, settings.lr)
-        batch = next(batches)
+        starts = torch.randint(len(tokens) - settings.length, (settings.batch_size, 1), generator=generator)
+        batch = tokens[starts + offsets]
         loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -35,13 +35,7 @@ from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_setting
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import SharedBatches, open_batches
 
-PHASES = {
-    "data": "data",
-    "base": "base",
-    "statistics": "statistics",
-    "transcoders": "transcoders",
-    "optimizer": "Muon, AdamW",
-}
+PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 # Attention's products on the CPU, which torch counts for GPUs alone.
 UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **_options: sdpa_flop_count(q, k, v)
@@ -230,9 +224,10 @@ def main() -> None:
     print(f"\na step: {seconds:.3f} s, {achieved / 1e12:.3f} TFLOP/s, {achieved / rate:.0%} of the product's")
     medians = {phase: median(spent[phase][2:]) for phase in PHASES}
     print(f"  {'phase':12s} {'seconds':>9s} {'share':>6s} {'GFLOP':>10s} {'TFLOP/s':>8s}")
-    for phase, label in PHASES.items():
+    for phase in PHASES:
         share, work = medians[phase] / sum(medians.values()), flops.get(phase)
         counts = f"{work / 1e9:10.1f} {work / medians[phase] / 1e12:8.3f}" if work else ""
+        label = "Muon, AdamW" if phase == "optimizer" else phase
         print(f"  {label:12s} {medians[phase]:9.4f} {share:6.1%} {counts}")
     print(f"peak memory: {early_peak / 2**30:.2f} GiB; after as many steps again {late_peak / 2**30:.2f} GiB")
     minutes = recipe.max_steps * seconds / 60

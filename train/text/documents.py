@@ -64,7 +64,8 @@ class Documents:
         self.name = dataset
         self._column = text_column
         self._stream, self.files = _open(dataset, config, split, text_column)
-        self._source = _names_hash(self.files or [dataset])
+        names = "\n".join(file.rsplit("/", 1)[-1] for file in self.files or [dataset])  # wherever they lie
+        self._source = hashlib.sha256(names.encode()).hexdigest()
         self._local = bool(self.files) and all(map(os.path.isfile, self.files))
         self._chain = [""]  # a hash of the content of the first files, by how many
         self._start = self._stream.state_dict()
@@ -331,12 +332,6 @@ def _zstd_content(blocks: Iterable[bytes]) -> Iterator[bytes]:
 def _check_split(dataset: str, split: str, splits: Iterable[str]) -> None:
     if split not in splits:
         raise TextError(f"{dataset!r} has no split {split!r}; it has {_listed(splits)}")
-
-
-def _names_hash(files: list[str]) -> str:
-    """Tells one list of files from another, wherever they lie."""
-    names = "\n".join(file.rsplit("/", 1)[-1] for file in files)
-    return hashlib.sha256(names.encode()).hexdigest()
 
 
 def _ends_hash(path: str) -> str:
