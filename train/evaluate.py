@@ -32,6 +32,7 @@ class EvaluationSettings:
     dataset_config: str | None = option(None, "The dataset's configuration name.")
     split: str | None = option(None, "Its split. Default: the recipe's eval_split.")
     text_column: str | None = option(None, "The column that holds the text.")
+    skip_bad_rows: bool = option(False, "Leave out rows that hold no text or cannot be read.")
     tokens: int | None = option(None, "Tokens to measure on. Default: the recipe's eval_tokens.")
     batch_size: int = option(16, "Sequences at once, over all processes.")
     dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type.")
@@ -56,6 +57,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         dataset_config=settings.dataset_config or recipe.dataset_config,
         eval_split=settings.split or recipe.eval_split,
         text_column=settings.text_column or recipe.text_column,
+        skip_bad_rows=settings.skip_bad_rows or recipe.skip_bad_rows,
         eval_tokens=settings.tokens or recipe.eval_tokens,
     )
     base = Base.of_recipe(recipe, device, run.layers)

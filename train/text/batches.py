@@ -167,6 +167,11 @@ class TokenBatches:
             self._producer.close()
             self._producer = None
 
+    @property
+    def skipped(self) -> int:
+        """Rows left out before the last batch handed out, if the documents count them."""
+        return self._position.documents.get("skipped", 0)
+
     def state_dict(self) -> dict:
         """The position after the last batch handed out: plain numbers, strings and int32 tensors."""
         position = self._position

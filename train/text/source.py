@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,11 @@ class SharedBatches:
         """Ends the main process's threads."""
         if self._batches is not None:
             self._batches.close()
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out so far, on the main process."""
+        return 0 if self._batches is None else self._batches.skipped
 
     def state_dict(self) -> dict:
         """The position of the main process's batches; empty on the others."""
@@ -150,6 +156,7 @@ def _open(
 def _documents(recipe: Recipe, split: str) -> Documents:
     """A split of the recipe's dataset, or a file of its own that is named in place of one."""
     file = Path(split)
+    rows: dict[str, Any] = {"text_column": recipe.text_column, "skip_bad_rows": recipe.skip_bad_rows}
     if file.is_file() and (file.is_absolute() or not Path(recipe.dataset, split).exists()):
-        return Documents(split, text_column=recipe.text_column)
-    return Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column)
+        return Documents(split, **rows)
+    return Documents(recipe.dataset, config=recipe.dataset_config, split=split, **rows)
