@@ -28,6 +28,7 @@ class EvaluationSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repository.")
     base: str | None = option(None, "The base. Default: the recipe's.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
     dataset: str | None = option(None, "Held-out text. Default: the recipe's dataset.")
     dataset_config: str | None = option(None, "The dataset's configuration name.")
     split: str | None = option(None, "Its split. Default: the recipe's eval_split.")
@@ -49,6 +50,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         run.recipe,
         base=settings.base or run.recipe.base,
         base_revision=settings.base_revision or run.recipe.base_revision,
+        trust_remote_code=settings.trust_remote_code,  # a set of somebody else's must not say so
         dtype=settings.dtype,
     )
     held_out = dataclasses.replace(

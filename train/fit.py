@@ -109,7 +109,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
     saved. What was saved before stays if the disk is full (StorageError).
     """
     device = accelerator.device
-    with open_batches(recipe, base.tokenizer, device) as batches, tracked(accelerator, recipe):
+    text = open_batches(recipe, base.tokenizer, device, base.vocabulary)
+    with text as batches, tracked(accelerator, recipe):
         fitter = Fitter(recipe, base, device)
         progress = Progress(recipe.max_steps, len(base.layers))
         checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})

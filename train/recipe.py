@@ -27,7 +27,7 @@ MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
     *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
-    *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows"),
+    *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -43,6 +43,7 @@ class Recipe:
 
     base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
     dataset: str = option(
         "monology/pile-uncopyrighted",
         "Text to fit on: a Hub id, a folder in a Hub dataset's layout, files (txt, jsonl, jsonl.zst, csv, parquet, py; "

@@ -64,7 +64,7 @@ def measure_held_out(
     )
     replacement = Replacement(base, transcoders) if losses else None
     count = -(-held_out.eval_tokens // (batch_size * recipe.seq_len))
-    with open_held_out(held_out, base.tokenizer, device, batch_size) as text:
+    with open_held_out(held_out, base.tokenizer, device, batch_size, base.vocabulary) as text:
         batches = (batch for _, batch in zip(range(count), text, strict=False))
         shown = tqdm(batches, total=count, desc="held-out text", unit="batch", disable=not is_main())
         evaluation = measure(shown, activations, reconstruction, replacement)

@@ -109,17 +109,23 @@ def check_text(recipe: Recipe) -> None:
         )
 
 
-def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SharedBatches:
+def open_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, vocabulary: int | None = None
+) -> SharedBatches:
     """The text that a recipe fits on, endless, in its order."""
-    return _open(recipe, tokenizer, device, recipe.split, recipe.batch_size, recipe.shuffle_buffer, None)
+    return _open(recipe, tokenizer, device, recipe.split, recipe.batch_size, recipe.shuffle_buffer, None, vocabulary)
 
 
 def open_held_out(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    batch_size: int,
+    vocabulary: int | None = None,
 ) -> SharedBatches:
     """The text that a recipe holds out, once through; the recipe must name an `eval_split`."""
     assert recipe.eval_split is not None
-    return _open(recipe, tokenizer, device, recipe.eval_split, batch_size, 0, 1)
+    return _open(recipe, tokenizer, device, recipe.eval_split, batch_size, 0, 1, vocabulary)
 
 
 def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:
@@ -135,6 +141,7 @@ def _open(
     batch_size: int,
     shuffle_buffer: int,
     epochs: int | None,
+    vocabulary: int | None,
 ) -> SharedBatches:
     batches = None
     if is_main():
@@ -149,6 +156,7 @@ def _open(
             workers=recipe.tokenizer_workers,
             pin_memory=device.type == "cuda",
             epochs=epochs,
+            vocabulary=vocabulary,
         )
     return SharedBatches(batches, device)
 
