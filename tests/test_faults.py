@@ -15,11 +15,14 @@ import torch
 import zstandard
 from bases import tiny_neox, write_base, write_base_of_words
 from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, write_text
+from hub_server import HubServer
+from hub_storage import HubError
 from loading import load_in_fresh_process
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
+from bilinear_tc.train import fit
 from bilinear_tc.train.errors import REPORT
 
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
@@ -345,3 +348,25 @@ def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(tiny_fit: TinyFit
     assert any("in fit_layers" in line for line in lines)
     assert lines[-2] == "KeyError: 'no such key'"
     assert lines[-1] == f"error: this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["private", "gated"])
+def test_a_base_that_asks_for_a_login_says_the_whole_remedy(tiny_fit: TinyFit, tmp_path: Path, kind: str) -> None:
+    def gate() -> None:
+        message = "Access to model tester/base is restricted. You must have access to it and be authenticated to it."
+        raise HubError(403, message, "GatedRepo")
+
+    with HubServer(tmp_path / "hub") as hub:
+        hub.create("tester/base", private=kind == "private")
+        hub.put("tester/base", {path.name: path for path in tiny_fit.base.iterdir()})
+        if kind == "gated":
+            hub.fail(1, gate, times=100)
+        flags = tiny_fit.flags(tmp_path / "run", "--base", "tester/base")
+        fit_there = tiny_fit.server.start(fit.main, flags, environment=hub.environment(tmp_path / "home"))
+        (error,) = fit_there.wait().errors
+    remedy = {
+        "private": "make sure to pass a token having permission to this repo either by logging in with `hf auth login`",
+        "gated": "Make sure to have access to it at https://huggingface.co/tester/base",
+    }
+    assert remedy[kind] in error, error
