@@ -80,8 +80,7 @@ class BilinearTC(PreTrainedModel):
     (n_hidden → n_outputs). In form `input_sum` they are `W_right` (n_inputs → n_hidden, no bias) and `W_left`
     (n_hidden → n_outputs). The z-score statistics `input_mean`, `input_std` [n_inputs] and `output_mean`,
     `output_std` [n_outputs] are persistent buffers, 0 and 1 in a new model. They stay in float32 (or wider)
-    when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input
-    (transformers 4.46 rounds them all the same if it loads in half precision with a `device_map`).
+    when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input.
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-410m")
@@ -95,7 +94,7 @@ class BilinearTC(PreTrainedModel):
     config_class = BilinearTCConfig
     main_input_name = "x"
     _no_split_modules = ["BilinearTC"]  # noqa: RUF012  (so declared by the base class)
-    # transformers 4.46 would otherwise take the dtype of the first tensor, a statistic, for that of all.
+    # transformers 4 would otherwise take the dtype of the first tensor, a statistic, for that of all.
     _supports_param_buffer_assignment = False
     # There is no attention, so that what a caller asks of it is accepted (transformers 4.51 looks at these names).
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn_2 = True
@@ -130,10 +129,11 @@ class BilinearTC(PreTrainedModel):
 
         Args:
             x: raw MLP inputs [..., n_inputs] of any floating-point dtype. The z-scores are computed in float32
-                or wider, the products in the dtype of the model's weights.
+                or wider, the products in the dtype of the model's weights. Where these are quantized, that is the
+                dtype of the last map's bias, or of x without one.
 
         Returns:
-            Raw MLP outputs [..., n_outputs], in the dtype of the model's weights.
+            Raw MLP outputs [..., n_outputs], in the dtype of the products.
 
         Raises:
             ValueError: x is not a floating-point tensor whose last dimension is n_inputs.
@@ -144,7 +144,7 @@ class BilinearTC(PreTrainedModel):
                 f"A BilinearTC takes floating-point MLP inputs of shape [..., {n_inputs}], "
                 f"not {x.dtype} of shape {list(x.shape)}."
             )
-        dtype = self._last_map.weight.dtype
+        dtype = next((p.dtype for p in self._last_map.parameters() if not _is_quantized(p)), x.dtype)
         x = (_widened(x) - self.input_mean) / self.input_std
         y = _widened(self.normalized_forward(x.to(dtype)))
         return (y * self.output_std + self.output_mean).to(dtype)
@@ -259,7 +259,7 @@ class BilinearTC(PreTrainedModel):
             weights, or float32 if that is wider.
 
         Raises:
-            ValueError: the direction's last dimension is not n_outputs.
+            ValueError: the direction's last dimension is not n_outputs, or the weights are quantized.
         """
         dtype = _at_least_float32(self._last_map.weight.dtype)
         return QuadraticForm(*(part.to(self.input_mean.device, dtype) for part in self._quadratic_form(direction)))
@@ -275,7 +275,7 @@ class BilinearTC(PreTrainedModel):
             `Spectrum(eigenvalues [..., n_inputs], eigenvectors [..., n_inputs, n_inputs])`, orthonormal columns.
 
         Raises:
-            ValueError: the direction's last dimension is not n_outputs.
+            ValueError: the direction's last dimension is not n_outputs, or the weights are quantized.
         """
         values, vectors = torch.linalg.eigh(self._quadratic_form(direction).quadratic)
         order = values.abs().argsort(dim=-1, descending=True, stable=True)
@@ -291,6 +291,12 @@ class BilinearTC(PreTrainedModel):
 
     def _raw_weights(self) -> dict[str, Tensor]:
         """Weights and biases of `folded`, named as its parameters, in float64."""
+        for name, parameter in self.named_parameters():
+            if _is_quantized(parameter):
+                raise ValueError(
+                    f"Quadratic forms are read from whole weights, but {name} is quantized ({parameter.dtype}): "
+                    "load the transcoder without a quantization_config."
+                )
         wide = {name: _float64(tensor) for name, tensor in self.state_dict().items()}
         if self.config.form == "input_sum":
             wide["left.weight"] = torch.ones_like(wide["W_right.weight"])
@@ -474,6 +480,11 @@ def _eager() -> Any:
 def _is_missing(tensor: Tensor) -> bool:
     """Whether transformers (4.57 and later mark each tensor) has not loaded it from a checkpoint."""
     return not getattr(tensor, "_is_hf_initialized", False)
+
+
+def _is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter holds codes of less than two bytes, whose scales only its own module knows."""
+    return not parameter.is_floating_point() or parameter.dtype.itemsize < 2
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from bases import write_base
+from bases import tiny_neox, write_base, write_base_of_words
 from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, layers, partial, write_text
+from hub_server import HubServer
+from hub_storage import HubError
 from loading import load_in_fresh_process
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
+from bilinear_tc.train import fit
 from bilinear_tc.train.errors import REPORT
 
 TOKENS_A_STEP, CALIBRATION_STEPS = 22 * 32, 3
@@ -51,6 +57,48 @@ def base_with_a_tokenizer_of_another_package(folder: Path) -> Path:
     return base
 
 
+def damaged(**settings: object) -> Callable[[Path], Path]:
+    """A base whose config.json says something else."""
+
+    def write(folder: Path) -> Path:
+        config = write_base(folder / "base") / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings if settings else None))
+        return folder / "base"
+
+    return write
+
+
+def base_that_lacks_a_tensor(folder: Path) -> Path:
+    weights = write_base(folder / "base") / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["gpt_neox.layers.1.mlp.dense_4h_to_h.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    return folder / "base"
+
+
+def base_with_code_of_its_own(folder: Path) -> Path:
+    """It writes a file when its code runs."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    base = damaged(auto_map=auto_map, model_type="own")(folder)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")  # as the class calls it, if not what GPT-NeoX does
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    code = f"""
+from pathlib import Path
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+Path({str(folder / "ran")!r}).touch()
+
+class OwnConfig(GPTNeoXConfig):
+    model_type = "own"
+
+class OwnModel(GPTNeoXForCausalLM):
+    config_class = OwnConfig
+"""
+    (base / "own.py").write_text(code)
+    return base
+
+
 def empty_text(folder: Path) -> Path:
     (folder / "empty.jsonl").write_text("\n\n")
     return folder / "empty.jsonl"
@@ -64,6 +112,15 @@ def empty_text(folder: Path) -> Path:
         ("--base", base_without_weights, "the base takes sequences of up to 16 tokens, but seq_len is 32"),
         ("--base", empty_folder, "the base '.*/empty' cannot be loaded: expected a Hugging Face model"),
         ("--base", base_with_a_tokenizer_of_another_package, "the base '.*/base' cannot be loaded: .* MarianTokenizer"),
+        ("--base", damaged(hidden_act="swoosh"), "the base '.*/base' cannot be loaded: .* got: unknown 'swoosh'"),
+        ("--base", damaged(num_attention_heads=3), "the base '.*/base' cannot be loaded: .* got: .*heads"),
+        ("--base", damaged(), "the base '.*/base' cannot be loaded: expected a Hugging Face model"),
+        (
+            "--base",
+            base_that_lacks_a_tensor,
+            "the base '.*/base' cannot be loaded: .* lack gpt_neox.layers.1.mlp.dense_4h",
+        ),
+        ("--base", base_with_code_of_its_own, "the base '.*/base' .* the flag for that is --trust_remote_code"),
         ("--base", adapter, "the base '.*/adapter' is a PEFT adapter: expected a whole model; merge it first"),
         ("--base", "nobody/nothing", "the base 'nobody/nothing' cannot be loaded: expected a Hugging Face model"),
         ("--dataset", empty_text, "the split 'train' of '.*/empty.jsonl' holds no text"),
@@ -90,6 +147,37 @@ def test_bad_input_is_refused_in_one_sentence(
     assert re.match(f"error: .*{sentence}", error)
     assert "Traceback" not in finished.stderr
     assert not (tmp_path / "run" / "layer_0").exists()
+
+
+@pytest.mark.slow
+def test_a_bases_own_code_runs_with_the_flag_alone(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    base, run = base_with_code_of_its_own(tmp_path), tmp_path / "run"
+    flags = ("--base", base, "--max_steps", 0)
+    assert tiny_fit.run(run, *flags).returncode == 1
+    assert not (tmp_path / "ran").exists()
+    done = tiny_fit.run(run, *flags, "--trust_remote_code")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_token_that_the_base_has_not_is_named_and_costs_no_step(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """The base's embedding has 50 rows, and the tokenizer, of another model, 60 words."""
+    words = [f"w{number}" for number in range(60)]
+    base = write_base_of_words(tmp_path / "base", tiny_neox(), words, WhitespaceSplit())
+    chance, text = random.Random(0), tmp_path / "text.txt"
+    common = " ".join(chance.choices(words[:40], k=TOKENS_A_STEP * 9 + TOKENS_A_STEP // 2))
+    text.write_text(f"{common} w59 {common}")
+    run = tmp_path / "run"
+    finished = tiny_fit.run(run, "--base", base, "--dataset", text, "--shuffle_buffer", 0)
+    steps = 9 - CALIBRATION_STEPS
+    (error,) = finished.errors
+    assert error == (
+        "error: the tokenizer gives the token 60, but the base's embedding has 50 rows: expected the tokenizer that "
+        f"belongs to the base (all {steps} steps before it are saved in {run})"
+    )
+    assert "Traceback" not in finished.stderr
+    assert checkpoints(run)[-1] == steps
 
 
 def test_an_unknown_flag_is_refused_at_once(tiny_fit: TinyFit, tmp_path: Path) -> None:
@@ -260,3 +348,25 @@ def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(tiny_fit: TinyFit
     assert any("in fit_layers" in line for line in lines)
     assert lines[-2] == "KeyError: 'no such key'"
     assert lines[-1] == f"error: this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["private", "gated"])
+def test_a_base_that_asks_for_a_login_says_the_whole_remedy(tiny_fit: TinyFit, tmp_path: Path, kind: str) -> None:
+    def gate() -> None:
+        message = "Access to model tester/base is restricted. You must have access to it and be authenticated to it."
+        raise HubError(403, message, "GatedRepo")
+
+    with HubServer(tmp_path / "hub") as hub:
+        hub.create("tester/base", private=kind == "private")
+        hub.put("tester/base", {path.name: path for path in tiny_fit.base.iterdir()})
+        if kind == "gated":
+            hub.fail(1, gate, times=100)
+        flags = tiny_fit.flags(tmp_path / "run", "--base", "tester/base")
+        fit_there = tiny_fit.server.start(fit.main, flags, environment=hub.environment(tmp_path / "home"))
+        (error,) = fit_there.wait().errors
+    remedy = {
+        "private": "make sure to pass a token having permission to this repo either by logging in with `hf auth login`",
+        "gated": "Make sure to have access to it at https://huggingface.co/tester/base",
+    }
+    assert remedy[kind] in error, error

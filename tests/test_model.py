@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -270,6 +271,40 @@ def test_the_output_has_the_models_dtype_whatever_the_inputs():
         tc = transcoder().to(weights)
         for given in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             assert tc(x.to(given)).dtype == weights
+
+
+class Quantized(nn.Linear):
+    """As quantizers leave a linear map: codes for weights (packed in pairs in 4 bits), scales that only it knows."""
+
+    def __init__(self, linear: nn.Linear, bits: int, bias_dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.abs().max().item() / (2 ** (bits - 1) - 1)
+        codes = (linear.weight / self.scale).round().to(torch.int8)
+        self.codes = codes.double()
+        packed = (codes.flatten()[::2, None] % 16 * 16 + codes.flatten()[1::2, None] % 16).to(torch.uint8)
+        self.weight = nn.Parameter(packed if bits == 4 else codes, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.to(bias_dtype), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.is_floating_point()
+        return nn.functional.linear(x, (self.codes * self.scale).to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize(("form", "bias"), [("bilinear", True), ("bilinear", False), ("input_sum", True)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_computes_in_a_floating_type_and_refuses_to_be_read(form, bias, bits):
+    tc = transcoder(form, bias=bias).bfloat16()
+    exact = copy.deepcopy(tc)
+    for name in tc.config.maps:
+        quantized = Quantized(getattr(tc, name), bits, torch.bfloat16)
+        setattr(tc, name, quantized)
+        getattr(exact, name).weight.data = (quantized.codes * quantized.scale).bfloat16()
+    x = torch.randn(5, WIDTH, dtype=torch.bfloat16)
+    assert tc(x).dtype == torch.bfloat16
+    torch.testing.assert_close(tc(x), exact(x))
+    for read in (tc.folded, lambda: tc.quadratic_form(torch.ones(WIDTH)), lambda: tc.spectrum(torch.ones(WIDTH))):
+        with pytest.raises(ValueError, match=r"is quantized \(torch\.u?int8\): load the transcoder without a quantiz"):
+            read()
 
 
 @pytest.mark.parametrize(

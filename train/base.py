@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -47,9 +48,11 @@ def one_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a damaged file or a missing package makes transformers raise
+        reason = one_line(error, most=800)  # with the remedy, such as where to ask for access
+        flag = "; the flag for that is --trust_remote_code" if "trust_remote_code" in reason else ""
         raise UserError(
             f"the base {name!r} cannot be loaded: expected a Hugging Face model (config, weights, tokenizer) in a "
-            f"local folder or on the Hub, got: {one_line(error)}"
+            f"local folder or on the Hub, got: {reason}{flag}"
         ) from error
 
 
@@ -113,6 +116,7 @@ class Base:
         name: str,
         *,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         layers: Sequence[int] | None = None,
         seq_len: int | None = None,
         mlp_path: str | None = None,
@@ -126,6 +130,7 @@ class Base:
 
         Args:
             name, revision: where it is.
+            trust_remote_code: let code that lies beside it run.
             layers: the layers to look into; default: all.
             seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
             mlp_path: where its MLPs are, as in the recipe; default: looked for.
@@ -137,8 +142,9 @@ class Base:
                 f"the base {name!r} is a PEFT adapter: expected a whole model; merge it first (merge_and_unload) and "
                 "save that"
             )
+        place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with one_sentence(name):
-            config = AutoConfig.from_pretrained(location, revision=revision)
+            config = AutoConfig.from_pretrained(location, **place)
         text_config = config.get_text_config()  # checked before gigabytes are read
         check_layers(layers, getattr(text_config, "decoder_layers", text_config.num_hidden_layers))
         positions = getattr(text_config, "max_position_embeddings", None)
@@ -148,9 +154,13 @@ class Base:
                 "--seq_len"
             )
         with one_sentence(name):
-            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, **{DTYPE_ARGUMENT: dtype})
-            tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-        base = cls(model.to(device), tokenizer, layers, mlp_path)  # type: ignore[arg-type] # transformers hides the types of `to`
+            place_and_type = {**place, DTYPE_ARGUMENT: dtype, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(location, **place_and_type)
+            model, told = loaded
+            if missing := sorted(map(str, told["missing_keys"])):
+                raise ValueError(f"weights that lack {', '.join(missing[:3])}, which would be random numbers")
+            tokenizer = AutoTokenizer.from_pretrained(location, **place)
+        base = cls(model.to(device), tokenizer, layers, mlp_path)
         base.commit = cached_commit(location, revision)
         return base
 
@@ -160,12 +170,18 @@ class Base:
         return cls.load(
             recipe.base,
             revision=recipe.base_revision,
+            trust_remote_code=recipe.trust_remote_code,
             layers=layers or recipe.layer_indices(),
             seq_len=recipe.seq_len,
             mlp_path=recipe.mlp_path,
             device=device,
             dtype=recipe.compute_dtype(device),
         )
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the token embedding, if it tells."""
+        return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
 
     def mlp_path(self, layer: int) -> str:
         """The MLP's path from the causal language model, as `Site` reads it: `gpt_neox.layers.3.mlp`, or a pair."""
@@ -186,9 +202,9 @@ class Base:
         return [self.model.get_submodule(name) for name in self._parts[layer]]
 
     @property
-    def blocks(self) -> nn.Module:
-        """The list of the decoder's layers."""
-        return self.model.get_submodule(self._blocks_name)
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return cast(nn.ModuleList, self.model.get_submodule(self._blocks_name))
 
     def stop_after_last_layer(self) -> None:
         """Drops what no asked-for MLP depends on: the blocks after the last layer asked for.

@@ -38,6 +38,7 @@ class ElsewhereError(RuntimeError):
 def one_line(error: BaseException, most: int = 400) -> str:
     """A library's message as part of a sentence: on one line, cut short, the type's name where it says nothing."""
     message = " ".join(str(error).split()).rstrip(".")
+    message = f"unknown {message}" if isinstance(error, KeyError) else message  # which says nothing but the key
     return (message if len(message) <= most else f"{message[:most]} …") or type(error).__name__
 
 

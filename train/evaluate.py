@@ -28,10 +28,12 @@ class EvaluationSettings:
     revision: str | None = option(None, "Branch, tag or commit of the repository.")
     base: str | None = option(None, "The base. Default: the recipe's.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
     dataset: str | None = option(None, "Held-out text. Default: the recipe's dataset.")
     dataset_config: str | None = option(None, "The dataset's configuration name.")
     split: str | None = option(None, "Its split. Default: the recipe's eval_split.")
     text_column: str | None = option(None, "The column that holds the text.")
+    skip_bad_rows: bool = option(False, "Leave out rows that hold no text or cannot be read.")
     tokens: int | None = option(None, "Tokens to measure the layers on. Default: the recipe's eval_tokens.")
     loss_tokens: int | None = option(
         None, "Tokens to measure the base's loss on, at the cost of a pass of the base a layer. Default: as --tokens."
@@ -51,6 +53,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         run.recipe,
         base=settings.base or run.recipe.base,
         base_revision=settings.base_revision or run.recipe.base_revision,
+        trust_remote_code=settings.trust_remote_code,  # a set of somebody else's must not say so
         dtype=settings.dtype,
     )
     held_out = dataclasses.replace(
@@ -59,6 +62,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         dataset_config=settings.dataset_config or recipe.dataset_config,
         eval_split=settings.split or recipe.eval_split,
         text_column=settings.text_column or recipe.text_column,
+        skip_bad_rows=settings.skip_bad_rows or recipe.skip_bad_rows,
         eval_tokens=settings.tokens or recipe.eval_tokens,
     )
     base = Base.of_recipe(recipe, device, run.layers)

@@ -109,13 +109,14 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
     saved. What was saved before stays if the disk is full (StorageError).
     """
     device = accelerator.device
-    with open_batches(recipe, base.tokenizer, device) as batches, tracked(accelerator, recipe):
+    text = open_batches(recipe, base.tokenizer, device, base.vocabulary)
+    with text as batches, tracked(accelerator, recipe):
         fitter = Fitter(recipe, base, device)
         progress = Progress(recipe.max_steps, len(base.layers))
         checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})
 
         def export() -> None:
-            on_main(lambda: export_layers(run, recipe, fitter, progress))
+            on_main(lambda: export_layers(run, recipe, fitter, progress, batches.skipped))
 
         def save() -> None:
             check_sound(fitter, progress.steps)
@@ -148,7 +149,7 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
                     raise
                 check_converging(mse, base.layers, progress.steps + 1)
                 progress.add(mse, fvu, rows)
-                report(fvu, base.layers, progress.steps, bar, accelerator)
+                report(fvu, base.layers, progress.steps, batches.skipped, bar, accelerator)
                 stopping = bool(stop)
                 due = recipe.checkpoint_every and progress.steps % recipe.checkpoint_every == 0
                 if due or stopping or progress.steps == recipe.max_steps:
@@ -171,13 +172,14 @@ def tracked(accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
             tracker.finish()
 
 
-def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress) -> None:
+def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress, skipped_rows: int) -> None:
     """Writes every layer as it stands into the run."""
     fitter.stack.set_statistics()
     on_gpu = fitter.device.type == "cuda"
     facts = {
         "steps": progress.steps,
         "tokens": progress.tokens_read,  # for the steps and for the start
+        "skipped_rows": skipped_rows,
         "seconds": round(progress.wall_time(), 1),  # of all layers together, over all resumes
         "device": torch.cuda.get_device_name(fitter.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
         "processes": process_count(),
@@ -217,10 +219,13 @@ def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:
         )
 
 
-def report(fvu: Tensor, layers: Sequence[int], steps: int, bar: tqdm, accelerator: Accelerator) -> None:
+def report(
+    fvu: Tensor, layers: Sequence[int], steps: int, skipped_rows: int, bar: tqdm, accelerator: Accelerator
+) -> None:
     """Shows a step's FVU [layers] in the progress bar and tells the trackers."""
     bar.update()
-    bar.set_postfix(mean_fvu=f"{fvu.mean():.4f}", worst=f"{fvu.max():.4f}", refresh=False)
+    shown = {"mean_fvu": f"{fvu.mean():.4f}", "worst": f"{fvu.max():.4f}"}
+    bar.set_postfix(shown | ({"skipped_rows": skipped_rows} if skipped_rows else {}), refresh=False)
     by_layer = {f"fvu/layer_{layer}": value for layer, value in zip(layers, fvu.tolist(), strict=True)}
     accelerator.log({"mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
 
@@ -231,6 +236,8 @@ def print_result(run: Run, recipe: Recipe) -> None:
         print(f"fitted {len(run.layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
         print(fit_table(run.evaluation))
+    if skipped := run.settings(run.layers[0]).get("fit", {}).get("skipped_rows"):
+        print(f"rows of the text that were left out, for they held none or could not be read: {skipped}")
     print(
         f"\nTry next:\n  from transformers import AutoModel\n"
         f'  tc = AutoModel.from_pretrained("{run.folder}", subfolder="layer_{run.layers[0]}", trust_remote_code=True)'

@@ -27,7 +27,7 @@ MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
     *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
-    *("checkpoint_every", "resume", "overwrite", "report_to"),
+    *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -43,6 +43,7 @@ class Recipe:
 
     base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
+    trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
     mlp_path: str | None = option(
         None,
         "Where the base's MLPs are, with {} for the layer's number: a module, model.layers.{}.mlp, or the two that the "
@@ -56,6 +57,7 @@ class Recipe:
     dataset_config: str | None = option(None, "The dataset's configuration name.")
     split: str = option("train", "The split to fit on.")
     text_column: str = option("text", "The column that holds a document's text.")
+    skip_bad_rows: bool = option(False, "Leave out, and count, rows that hold no text or cannot be read.")
     eval_split: str | None = option(
         "val.jsonl.zst",
         "The held-out split, or a file in the dataset or elsewhere, to measure on at the end of the fit. 'none': "

@@ -37,6 +37,9 @@ class Linear:
         bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
         return cls(weight, bias)
 
+    def to(self, dtype: torch.dtype) -> Linear:
+        return Linear(self.weight.to(dtype), self.bias.to(dtype))
+
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -80,10 +83,8 @@ class MLPWeights:
 
     def to(self, dtype: torch.dtype) -> MLPWeights:
         """The same MLP with weights of another type."""
-        maps = (None if of is None else Linear(of.weight.to(dtype), of.bias.to(dtype)) for of in (self.gate, self.up))
-        gate, up = maps
-        assert gate is not None
-        return MLPWeights(gate, up, Linear(self.down.weight.to(dtype), self.down.bias.to(dtype)), self.act)
+        up = None if self.up is None else self.up.to(dtype)
+        return MLPWeights(self.gate.to(dtype), up, self.down.to(dtype), self.act)
 
     def __call__(self, x: Tensor) -> Tensor:
         hidden = self.act(self.gate(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +58,8 @@ class Stack:
                 module_name, _, leaf = name.rpartition(".")
                 setattr(transcoder.get_submodule(module_name), leaf, view)
             self.parameters[name] = stacked
-        functions = error_and_gradients, tangent_error_and_gradients
+        functions: list[Callable[..., tuple[Tensor, dict[str, Tensor]]]]
+        functions = [error_and_gradients, tangent_error_and_gradients]
         self._functions = [torch.compile(function) if compile else function for function in functions]
 
     def weigh(self, activations: Activations) -> None:

@@ -70,7 +70,7 @@ def measure_held_out(
     reconstruction = Reconstruction(transcoders, affine, device)
     replacement = Replacement(base, transcoders) if losses else None
     count, loss_count = (-(-tokens // (batch_size * recipe.seq_len)) for tokens in (held_out.eval_tokens, loss_tokens))
-    with open_held_out(held_out, base.tokenizer, device, batch_size) as text:
+    with open_held_out(held_out, base.tokenizer, device, batch_size, base.vocabulary) as text:
         batches = shown(text, max(count, loss_count), "held-out text")
         evaluation = measure(batches, activations, reconstruction, replacement, count, loss_count)
     return replace(evaluation, dataset=held_out.dataset, split=held_out.eval_split, base=recipe.base)

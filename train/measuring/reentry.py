@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilinear_tc.train.base import Base, find_blocks
+from bilinear_tc.train.base import Base
 
 
 class Reentry:
@@ -23,7 +23,7 @@ class Reentry:
 
     def __init__(self, base: Base) -> None:
         self.model = base.model
-        self.blocks = list(find_blocks(base.model.base_model)[1])
+        self.blocks = list(base.blocks)
         self.left: list[Any] = []  # what each block has left in the true pass
 
     def keep(self, input_ids: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the base so that transformers 4.46 and 5 both read it, and read it as float32."""
+    """Writes the base so that transformers 4.51 and 5 both read it, and read it as float32."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, fields in {

@@ -34,8 +34,9 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import REPOSITORY_ROOT, Base
 from bilinear_tc.train.errors import UserError, command_line
-from bilinear_tc.train.fitting.closed_form import FUNCTIONS, set_all_units
+from bilinear_tc.train.fitting.closed_form import set_all_units
 from bilinear_tc.train.fitting.fitter import make_transcoders
+from bilinear_tc.train.fitting.mlp_weights import FUNCTIONS
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.mlps import linear_maps
 from bilinear_tc.train.recipe import Recipe

@@ -89,6 +89,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         pin_memory: hand batches out in page-locked memory, for asynchronous copies to a GPU.
         epochs: how many passes over the text to make; None: no end, with one warning at the start of the second.
             Sequences that do not fill a batch go into the next pass; after the last they are a smaller batch.
+        vocabulary: rows of the base's embedding, which no token may be beyond.
 
     Raises:
         ValueError: here, if the tokenizer has no end of text (a UserError) or an argument is out of range.
@@ -110,6 +111,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         prefetch: int = 4,
         pin_memory: bool = False,
         epochs: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         for least, values in (
             (1, {"seq_len": seq_len, "batch_size": batch_size, "prefetch": prefetch, "epochs": epochs}),
@@ -124,6 +126,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         threads = max(0, min(8, available_cores() - 2)) if workers is None else workers
         self._encoder = Encoder(tokenizer, None if pack else seq_len, threads)
         self._shuffle_buffer = shuffle_buffer
+        self._vocabulary = vocabulary
         self._prefetch, self._pin_memory, self._epochs = prefetch, pin_memory, epochs
         self._producer: _Producer[tuple[TokenBatch, _Position]] | None = None
         self._start = documents.state_dict()
@@ -144,6 +147,11 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         if self._producer is not None:
             self._producer.close()
             self._producer = None
+
+    @property
+    def skipped(self) -> int:
+        """Rows left out before the last batch handed out, if the documents count them."""
+        return self._position.documents.get("skipped", 0)
 
     def state_dict(self) -> dict:
         """The position after the last batch handed out: plain numbers, strings and int32 tensors."""
@@ -258,6 +266,11 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
             mask = torch.arange(self.seq_len) < lengths[:, None]
             input_ids[mask] = torch.from_numpy(np.concatenate(sequences)).long()
             batch = TokenBatch(input_ids, mask)
+        if self._vocabulary is not None and (last := int(batch.input_ids.max())) >= self._vocabulary:
+            raise TextError(
+                f"the tokenizer gives the token {last}, but the base's embedding has {self._vocabulary} rows: expected "
+                "the tokenizer that belongs to the base"
+            )
         return batch.map(torch.Tensor.pin_memory) if self._pin_memory else batch
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -50,6 +51,7 @@ class Documents:
             dataset or folder it may also be a file or glob in there, such as "val.jsonl.zst" of the Pile, which is in
             none of its splits.
         text_column: the column that holds the text.
+        skip_bad_rows: leave out rows that hold no text, or cannot be read, and count them in `skipped`.
 
     Raises:
         TextError: here, if the source, its configuration, split or text column does not exist or there is no
@@ -59,11 +61,18 @@ class Documents:
     """
 
     def __init__(
-        self, dataset: str, *, config: str | None = None, split: str = "train", text_column: str = "text"
+        self,
+        dataset: str,
+        *,
+        config: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        skip_bad_rows: bool = False,
     ) -> None:
         self.name = dataset
-        self._column = text_column
-        self._stream, self.files = _open(dataset, config, split, text_column)
+        self.skipped = 0
+        self._column, self._skip = text_column, skip_bad_rows
+        self._stream, self.files = _open(dataset, config, split, text_column, skip_bad_rows)
         names = "\n".join(file.rsplit("/", 1)[-1] for file in self.files or [dataset])  # wherever they lie
         self._source = hashlib.sha256(names.encode()).hexdigest()
         self._local = bool(self.files) and all(map(os.path.isfile, self.files))
@@ -72,14 +81,16 @@ class Documents:
         self._position: dict | None = self._start
         if next(iter(self), None) is None:
             raise TextError(f"the split {split!r} of {dataset!r} holds no text; choose another dataset or split")
-        self._position = self._start
+        self._position, self.skipped = self._start, 0
 
     def __iter__(self) -> Iterator[str]:
         self._stream.load_state_dict(self.state_dict()["position"])
         self._position = None  # known to the stream itself from here on
         try:
             for row in self._stream:
-                if text := _text_of(row, self._column, self._file):
+                text = _or_skipped(partial(_text_of, row, self._column, self._file), self._skip)
+                self.skipped += text is None
+                if text:
                     yield text
         except TextError:
             raise
@@ -90,7 +101,8 @@ class Documents:
     def state_dict(self) -> dict:
         """The position after the last document handed out, in plain numbers and strings."""
         position = self._stream.state_dict() if self._position is None else self._position
-        return {"position": position, "source": self._source, "read": self._read_until(position)}
+        read = self._read_until(position)
+        return {"position": position, "source": self._source, "read": read, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict) -> None:
         """Iterate from a position that `state_dict` gave; files read to their end by then are not read again.
@@ -103,7 +115,7 @@ class Documents:
                 f"the position to resume from belongs to other text than {self.name!r} holds now;"
                 " resume with the same dataset and split, or start anew"
             )
-        self._position = state["position"]
+        self._position, self.skipped = state["position"], state.get("skipped", 0)
 
     def _file(self) -> str:
         """The file being read, as far as the stream's state tells it."""
@@ -154,11 +166,11 @@ def python_stdlib_files() -> dict[str, list[str]]:
     return splits
 
 
-def _open(dataset: str, config: str | None, split: str, text_column: str) -> Rows:
+def _open(dataset: str, config: str | None, split: str, text_column: str, skip: bool) -> Rows:
     """The rows of any source."""
     files = python_stdlib_files() if dataset == PYTHON_STDLIB else _named_files(dataset)
     if files is None:
-        return _open_repository(dataset, config, split, text_column)
+        return _open_repository(dataset, config, split, text_column, skip)
     if config is not None:
         raise TextError(f"{dataset!r} has no configurations, but dataset_config is {config!r}; leave it out")
     _check_split(dataset, split, files)
@@ -167,7 +179,7 @@ def _open(dataset: str, config: str | None, split: str, text_column: str) -> Row
         raise TextError(f"the files of {dataset!r} must be of one kind, but they are {_listed(formats)}")
     kind = formats.pop()
     if kind in ("text", "jsonl"):
-        return _row_stream(files[split], kind, text_column)
+        return _row_stream(files[split], kind, text_column, skip)
     builder = datasets.load_dataset_builder(kind, data_files=files)
     return _builder_stream(builder, files[split], split, text_column)
 
@@ -200,7 +212,7 @@ def _file_format(file: str) -> str | None:
     return kind if kind in ("text", "jsonl") else None
 
 
-def _open_repository(dataset: str, config: str | None, split: str, text_column: str) -> Rows:
+def _open_repository(dataset: str, config: str | None, split: str, text_column: str, skip: bool) -> Rows:
     """A Hub dataset or a folder in its layout."""
     if dataset.startswith((".", "/", "~")) and not Path(dataset).is_dir():
         raise TextError(f"there is no file or folder {dataset!r}; give an existing one, or a Hub dataset")
@@ -218,12 +230,14 @@ def _open_repository(dataset: str, config: str | None, split: str, text_column: 
     files = [str(file) for file in data_files.get(split, [])]
     formats = {_file_format(file) for file in files}
     if formats == {"jsonl"} or (formats == {"text"} and Path(dataset).is_dir()):
-        return _row_stream(files, formats.pop() or "", text_column)
+        return _row_stream(files, formats.pop() or "", text_column, skip)
     return _builder_stream(builder, files, split, text_column)
 
 
 def _builder_stream(builder: datasets.DatasetBuilder, files: list[str], split: str, text_column: str) -> Rows:
     """The rows as `datasets` itself reads them, without other columns if the format can leave them out."""
+    if hasattr(builder.config, "encoding_errors"):  # a CSV file's bad bytes are read as a .txt file's are
+        builder.config.encoding_errors = "replace"
     if files:  # so that the columns are not sought in another split
         data_files = builder.config.data_files
         builder.config.data_files = type(data_files)({split: data_files[split]})
@@ -238,7 +252,7 @@ def _builder_stream(builder: datasets.DatasetBuilder, files: list[str], split: s
     return stream, files
 
 
-def _row_stream(files: list[str], kind: str, text_column: str) -> Rows:
+def _row_stream(files: list[str], kind: str, text_column: str, skip: bool) -> Rows:
     """Text and JSON lines, read by this module rather than by the builders of `datasets`.
 
     Those look into every file before the first row is read; on a broken line they read the whole shard into
@@ -248,11 +262,11 @@ def _row_stream(files: list[str], kind: str, text_column: str) -> Rows:
     if kind == "text" and text_column != "text":
         raise TextError(f"plain text files have no column {text_column!r}; their only column is 'text'")
     rows = {"text": _text_rows, "jsonl": _jsonl_rows}[kind]
-    arguments = {"files": files, "text_column": text_column}
+    arguments = {"files": files, "text_column": text_column, "skip": skip}
     return datasets.IterableDataset.from_generator(rows, gen_kwargs=arguments), files
 
 
-def _text_rows(files: list[str], text_column: str) -> Iterator[dict]:
+def _text_rows(files: list[str], text_column: str, skip: bool) -> Iterator[dict]:
     for file in files:
         content = b"".join(_content(file))
         encoding = "utf-16" if content.startswith(UTF_16) else "utf-8-sig"
@@ -262,17 +276,28 @@ def _text_rows(files: list[str], text_column: str) -> Iterator[dict]:
         yield {text_column: text.replace("\r\n", "\n").replace("\r", "\n")}
 
 
-def _jsonl_rows(files: list[str], text_column: str) -> Iterator[dict]:
+def _jsonl_rows(files: list[str], text_column: str, skip: bool) -> Iterator[dict]:
     for file in files:
         number = 0
         try:
             for number, line in enumerate(_lines(_content(file)), start=1):
                 if line.strip():
-                    yield {text_column: _json_text(line, text_column, f"line {number} of {file}")}
+                    read = partial(_json_text, line, text_column, f"line {number} of {file}")
+                    yield {text_column: _or_skipped(read, skip)}
         except TextError:
             raise
         except Exception as error:
             raise TextError(f"{file} cannot be read past line {number}: {one_line(error)}") from error
+
+
+def _or_skipped(read: Callable[[], str], skip: bool) -> str | None:
+    """A row's text; None if there is none, and it is to be skipped."""
+    try:
+        return read()
+    except TextError as error:
+        if skip:
+            return None
+        raise TextError(f"{error}; mend it, or leave such rows out with --skip_bad_rows") from error
 
 
 def _json_text(line: bytes, text_column: str, place: str) -> str:

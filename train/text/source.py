@@ -68,6 +68,11 @@ class SharedBatches(Iterator[TokenBatch], AbstractContextManager):
         if self._batches is not None:
             self._batches.close()
 
+    @property
+    def skipped(self) -> int:
+        """Rows left out so far, on the main process."""
+        return 0 if self._batches is None else self._batches.skipped
+
     def state_dict(self) -> dict:
         """The position of the main process's batches; empty on the others."""
         return {} if self._batches is None else self._batches.state_dict()
@@ -99,18 +104,24 @@ def check_text(recipe: Recipe) -> None:
         )
 
 
-def open_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SharedBatches:
+def open_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, vocabulary: int | None = None
+) -> SharedBatches:
     """The text that a recipe fits on, endless, in its order."""
     order = {"batch_size": recipe.batch_size, "shuffle_buffer": recipe.shuffle_buffer}
-    return _open(recipe, tokenizer, device, recipe.split, order)
+    return _open(recipe, tokenizer, device, recipe.split, vocabulary, order)
 
 
 def open_held_out(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, batch_size: int
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    batch_size: int,
+    vocabulary: int | None = None,
 ) -> SharedBatches:
     """The text that a recipe holds out, once through; the recipe must name an `eval_split`."""
     assert recipe.eval_split is not None
-    return _open(recipe, tokenizer, device, recipe.eval_split, {"batch_size": batch_size, "epochs": 1})
+    return _open(recipe, tokenizer, device, recipe.eval_split, vocabulary, {"batch_size": batch_size, "epochs": 1})
 
 
 def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBatch]:
@@ -119,11 +130,16 @@ def calibration_batches(recipe: Recipe, batches: SharedBatches) -> list[TokenBat
 
 
 def _open(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, split: str, order: dict[str, Any]
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    split: str,
+    vocabulary: int | None,
+    order: dict[str, Any],
 ) -> SharedBatches:
     if not is_main():
         return SharedBatches(None, device)
-    order |= {"seq_len": recipe.seq_len, "pack": recipe.pack, "seed": recipe.seed}
+    order |= {"seq_len": recipe.seq_len, "pack": recipe.pack, "seed": recipe.seed, "vocabulary": vocabulary}
     machine: dict[str, Any] = {"workers": recipe.tokenizer_workers, "pin_memory": device.type == "cuda"}
     return SharedBatches(TokenBatches(_documents(recipe, split), tokenizer, **order, **machine), device)
 
@@ -131,6 +147,7 @@ def _open(
 def _documents(recipe: Recipe, split: str) -> Documents:
     """A split of the recipe's dataset, or a file of its own that is named in place of one."""
     file = Path(split)
+    rows: dict[str, Any] = {"text_column": recipe.text_column, "skip_bad_rows": recipe.skip_bad_rows}
     if file.is_file() and (file.is_absolute() or not Path(recipe.dataset, split).exists()):
-        return Documents(split, text_column=recipe.text_column)
-    return Documents(recipe.dataset, config=recipe.dataset_config, split=split, text_column=recipe.text_column)
+        return Documents(split, **rows)
+    return Documents(recipe.dataset, config=recipe.dataset_config, split=split, **rows)
