@@ -94,7 +94,7 @@ class MLPWeights:
         """How the output [rows, n_outputs] changes along tangents [rows, n_inputs] at inputs x: [rows, n_inputs]."""
         x, tangent = x.to(self.gate.weight.dtype), tangent.to(self.gate.weight.dtype)
         z = self.gate(x)
-        value, slope = torch.func.jvp(self.act, (z,), (torch.ones_like(z),))
+        value, slope = torch.func.jvp(self.act, (z,), (torch.ones_like(z),))[:2]
         hidden = slope * nn.functional.linear(tangent, self.gate.weight)
         if self.up is not None:
             hidden = hidden * self.up(x) + value * nn.functional.linear(tangent, self.up.weight)
