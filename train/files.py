@@ -104,7 +104,7 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.replace(file, target / file.name)
             synced(target)
         else:
-            if target.exists():
+            if target.is_dir():
                 os.rename(target, aside)
             os.rename(scratch, target)
             synced(target.parent)
