@@ -36,6 +36,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_json(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of settings; UserError if it is not a readable YAML mapping."""
     try:
@@ -100,7 +104,7 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.replace(file, target / file.name)
             synced(target)
         else:
-            if target.exists():
+            if target.is_dir():
                 os.rename(target, aside)
             os.rename(scratch, target)
             synced(target.parent)

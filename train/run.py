@@ -5,7 +5,6 @@ This file alone knows what a run's files are called and what they hold. `files.p
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ from bilinear_tc.train.files import (
     read_yaml,
     sha256_of,
     write_history,
+    write_json,
     write_yaml,
     written_whole,
 )
@@ -182,9 +182,8 @@ class Run:
     def load(self, layer: int) -> BilinearTC:
         """A layer's transcoder in evaluation mode; UserError unless it is of that layer, whole and finite."""
         try:
-            revision = self.revision or "main"
-            place: dict[str, Any] = {"subfolder": f"layer_{layer}", "revision": revision}
-            loaded: Any = BilinearTC.from_pretrained(self.where, **place, output_loading_info=True)
+            how: dict[str, Any] = {"revision": self.revision or "main", "output_loading_info": True}
+            loaded: Any = BilinearTC.from_pretrained(self.where, subfolder=f"layer_{layer}", **how)
         except Exception as error:  # a damaged file can make transformers fail in any way
             raise UserError(f"layer_{layer} of {self.where} does not load: {one_line(error)}") from error
         transcoder, told = loaded
@@ -354,8 +353,7 @@ class Run:
             folders = [self.layer_folder(transcoder.config.layer_index) for transcoder in transcoders]
             hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
             with written_whole(self.folder) as scratch:
-                exported = json.dumps({"step": facts["steps"], "sha256": hashes}, indent=2) + "\n"
-                (scratch / EXPORTED).write_text(exported, encoding="utf-8")
+                write_json({"step": facts["steps"], "sha256": hashes}, scratch / EXPORTED)
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -373,8 +371,7 @@ class Run:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         with written_whole(self.folder) as scratch:
-            text = json.dumps(evaluation.to_json(), indent=2) + "\n"
-            (scratch / EVALUATION).write_text(text, encoding="utf-8")
+            write_json(evaluation.to_json(), scratch / EVALUATION)
         self.forget()
 
     def forget(self) -> None:

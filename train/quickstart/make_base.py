@@ -9,7 +9,6 @@ evaluation hold out too.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -21,6 +20,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from bilinear_tc.train.files import read_json, write_json
 from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.text.documents import python_stdlib_files
 
@@ -102,9 +102,7 @@ def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
         "config.json": {"dtype": "float32", "torch_dtype": "float32", "rotary_pct": 0.25, "rotary_emb_base": 10000},
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     }.items():
-        path = folder / name
-        settings = json.loads(path.read_text(encoding="utf-8")) | fields
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(read_json(folder / name) | fields, folder / name)
 
 
 def train(model: GPTNeoXForCausalLM, tokens: torch.Tensor, settings: BaseSettings) -> None:

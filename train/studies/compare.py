@@ -9,7 +9,6 @@ ReLU, as in bigger models.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
-from bilinear_tc.train.files import written_whole
+from bilinear_tc.train.files import write_json, written_whole
 from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.mlps import linear_maps
 from bilinear_tc.train.moments import Moments, fvu
@@ -209,7 +208,7 @@ def compare_recipes(settings: ComparisonSettings, device: torch.device) -> None:
             name += f"_width{ours.hidden_multiplier:g}"
         draw(curves, scratch / f"{name}.png", f"{ours.base}, pre-activations × {settings.harden:g}")
         results = {"settings": asdict(settings), "curves": {k: vars(v) for k, v in curves.items()}}
-        (scratch / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(results, scratch / f"{name}.json")
     print(f"wrote {folder / name}.png and .json")
 
 
