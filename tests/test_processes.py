@@ -104,6 +104,21 @@ def test_a_failure_of_the_main_process_ends_all_and_is_told_once(tiny_fit: TinyF
     assert (other.returncode, other.errors) == (1, [])
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_one_thread_is_obeyed_if_it_is_the_user_who_asks_for_it(tmp_path: Path, chosen: bool) -> None:
+    """A launcher sets OMP_NUM_THREADS to 1, whoever asked."""
+    launcher = tmp_path / "accelerate"
+    child = "from bilinear_tc.train.processes import threads_chosen; print(threads_chosen())"
+    launcher.write_text(
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], env=os.environ | {{'OMP_NUM_THREADS': '1'}}, check=True)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1"} if chosen else {}
+    command = [sys.executable, str(launcher)]
+    assert subprocess.check_output(command, env=environment, text=True).strip() == str(chosen)
+
+
 def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2`, of which one is killed."""
     run = tmp_path / "run"

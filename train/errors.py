@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from huggingface_hub import constants
 
 REPORT = "https://github.com/bilinear-tc/bilinear-tc/issues"  # pyproject.toml's Issues
 # what torch.distributed's transports say if the other end is gone
@@ -69,6 +70,13 @@ def command_line(main: Callable[[], None]) -> None:
 
 def expected(error: BaseException) -> str | None:
     """What to tell the user of an error that is not a bug; None if it is one."""
+    step: BaseException | None = error
+    while step is not None:
+        if isinstance(step, OSError) and str(step.filename).startswith(constants.HF_HOME):
+            return (
+                f"the cache {constants.HF_HOME} cannot be used ({one_line(step)}): set HF_HOME to a folder of your own"
+            )
+        step = step.__cause__ or step.__context__
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):

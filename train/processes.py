@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+
 
 def start_accelerator(**settings: Any) -> Accelerator:
     """The script's Accelerator; on the CPU, with all processes asked for, each with its share of the cores."""
@@ -37,10 +39,20 @@ def start_accelerator(**settings: Any) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu, **settings)
     if accelerator.mixed_precision != "no":
         logger.warning("accelerate's mixed_precision is not used: products are computed in the type that --dtype names")
-    # `accelerate launch` gives every process a single thread unless told otherwise
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and not threads_chosen():
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
+
+
+def threads_chosen() -> bool:
+    """Whether it is the user who set OMP_NUM_THREADS: launchers give every process a single thread if nobody did."""
+    process, variables = psutil.Process(), dict(os.environ)
+    try:
+        while (parent := process.parent()) and any(os.path.basename(word) in LAUNCHERS for word in parent.cmdline()):
+            process, variables = parent, parent.environ()
+    except psutil.Error:  # another user's process, or one that has ended
+        return False
+    return "OMP_NUM_THREADS" in variables
 
 
 def available_cores() -> int:
