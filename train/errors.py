@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from huggingface_hub import constants
 
+from bilinear_tc.train.launchers import say_last
+
 REPORT = "https://github.com/bilinear-tc/bilinear-tc/issues"  # pyproject.toml's Issues
 # what torch.distributed's transports say if the other end is gone
 LOST_PROCESS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Socket Timeout", re.IGNORECASE)
@@ -64,7 +66,7 @@ def command_line(main: Callable[[], None]) -> None:
             traceback.print_exc()
         if sentence is None:
             sentence = f"this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
-        print(prefix, sentence, file=sys.stderr, flush=True)
+        say_last(f"{prefix} {sentence}")
         sys.exit(1)
 
 

@@ -18,12 +18,11 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 
 from bilinear_tc.train.errors import ElsewhereError
+from bilinear_tc.train.launchers import alive, launchers
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
@@ -31,6 +30,7 @@ def start_accelerator(**settings: Any) -> Accelerator:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which cleans up
+    launchers()  # as long as they are there
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpu:
         start_missing_processes()
@@ -46,13 +46,10 @@ def start_accelerator(**settings: Any) -> Accelerator:
 
 def threads_chosen() -> bool:
     """Whether it is the user who set OMP_NUM_THREADS: launchers give every process a single thread if nobody did."""
-    process, variables = psutil.Process(), dict(os.environ)
     try:
-        while (parent := process.parent()) and any(os.path.basename(word) in LAUNCHERS for word in parent.cmdline()):
-            process, variables = parent, parent.environ()
-    except psutil.Error:  # another user's process, or one that has ended
+        return "OMP_NUM_THREADS" in (launchers()[-1].environ() if launchers() else os.environ)
+    except psutil.Error:
         return False
-    return "OMP_NUM_THREADS" in variables
 
 
 def available_cores() -> int:
@@ -107,6 +104,8 @@ def on_main(work: Callable[[], T]) -> T:
 class StopRequest:
     """Notices SIGTERM, SIGINT and SIGHUP while the context lasts: a step ends and is saved before the process does.
 
+    So it does if a launcher has ended: `accelerate launch` leaves its script alone when it gets a SIGTERM.
+
     Args:
         device: where processes exchange tensors.
     """
@@ -131,7 +130,8 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         """Whether any process has been asked to stop: the same answer on all of them, which must ask together."""
-        return bool(sum_over_processes(torch.tensor(float(self._received), device=self._device)).item())
+        asked = self._received or not all(map(alive, launchers()))
+        return bool(sum_over_processes(torch.tensor(float(asked), device=self._device)).item())
 
 
 def start_missing_processes() -> None:

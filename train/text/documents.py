@@ -194,8 +194,8 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
     if Path(dataset).is_dir():  # whose name may hold commas and stars
         if "[" in dataset:
             raise TextError(
-                f"the folder {dataset!r} has a bracket in its name, which is taken for a pattern: name its files, as in "
-                f"{glob.escape(dataset)}/*.jsonl, or rename it"
+                f"the folder {dataset!r} has a bracket in its name, which is taken for a pattern: name its files, as "
+                f"in {glob.escape(dataset)}/*.jsonl, or rename it"
             )
         return None
     patterns = [dataset] if glob.glob(dataset) else [pattern for pattern in dataset.split(",") if pattern]
