@@ -210,6 +210,7 @@ def begin(request: dict[str, Any]) -> None:
 
 def heed_environment() -> None:
     """Sets what huggingface_hub and transformers take from the environment when they are imported."""
+    import datasets
     from huggingface_hub import constants, hf_api
     from transformers import dynamic_module_utils
 
@@ -217,6 +218,8 @@ def heed_environment() -> None:
     constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET") == "1"
+    constants.HF_HOME = os.environ["HF_HOME"]
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_HOME"]) / "datasets"
     constants.HF_HUB_CACHE = str(Path(os.environ["HF_HOME"]) / "hub")
     hf_api.api.endpoint = constants.ENDPOINT
     dynamic_module_utils.HF_MODULES_CACHE = str(Path(os.environ["HF_HOME"]) / "modules")

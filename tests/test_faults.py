@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
@@ -97,6 +99,13 @@ class OwnModel(GPTNeoXForCausalLM):
 """
     (base / "own.py").write_text(code)
     return base
+
+
+def parquet_text(folder: Path) -> Path:
+    """In a folder whose name is a pattern."""
+    (folder / "text[1]").mkdir()
+    pq.write_table(pa.table({"text": ["some text " * 100] * 500}), folder / "text[1]" / "a.parquet")
+    return folder / "text[1]" / "a.parquet"
 
 
 def empty_text(folder: Path) -> Path:
@@ -348,6 +357,29 @@ def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(tiny_fit: TinyFit
     assert any("in fit_layers" in line for line in lines)
     assert lines[-2] == "KeyError: 'no such key'"
     assert lines[-1] == f"error: this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", [None, parquet_text])
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny_fit: TinyFit, tmp_path: Path, dataset: Callable[[Path], Path] | None
+) -> None:
+    flags = tiny_fit.flags(tmp_path / "run", *(("--dataset", dataset(tmp_path)) if dataset else ()))
+    environment = tiny_fit.server.environment | {"HF_HOME": "/proc/self/home"}
+    (error,) = tiny_fit.server.start(fit.main, flags, environment=environment).wait().errors
+    assert re.match(r"error: the cache /proc/self/home cannot be used \(.*\): set HF_HOME to a folder", error), error
+
+
+@pytest.mark.slow
+def test_folders_of_any_name(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    text, run = tmp_path / "a,b*c?", tmp_path / "runs, [of mine]" / "run*"
+    write_text(text, shards=2)
+    done = tiny_fit.run(run, "--dataset", text, "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert_loads(run)
+    assert tiny_fit.run(run, "--dataset", parquet_text(tmp_path), "--max_steps", 2, "--no_resume", "--overwrite").output
+    (error,) = tiny_fit.run(tmp_path / "other", "--dataset", tmp_path / "text[1]").errors
+    assert re.match(r"error: the folder '.*' has a bracket in its name, .*: name its files, as in ", error), error
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -104,26 +105,73 @@ def test_a_failure_of_the_main_process_ends_all_and_is_told_once(tiny_fit: TinyF
     assert (other.returncode, other.errors) == (1, [])
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_one_thread_is_obeyed_if_it_is_the_user_who_asks_for_it(tmp_path: Path, chosen: bool) -> None:
+    """A launcher sets OMP_NUM_THREADS to 1, whoever asked."""
+    launcher = tmp_path / "accelerate"
+    child = "from bilinear_tc.train.processes import threads_chosen; print(threads_chosen())"
+    launcher.write_text(
+        "import os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], env=os.environ | {{'OMP_NUM_THREADS': '1'}}, check=True)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": "1"} if chosen else {}
+    command = [sys.executable, str(launcher)]
+    assert subprocess.check_output(command, env=environment, text=True).strip() == str(chosen)
+
+
+def launch(tiny_fit: TinyFit, run: Path, *flags: object, processes: int) -> subprocess.Popen[str]:
+    """`accelerate launch` of a long fit; what it prints on stderr can be read."""
+    flags = tiny_fit.flags(run, "--max_steps", 100_000, "--checkpoint_every", 50, *flags)
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", "--cpu", "--num_processes", str(processes), "train/fit.py", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigterm_to_accelerate_launch_ends_the_fit_with_its_step_saved(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    """It dies of it, and tells nobody."""
+    run = tmp_path / "run"
+    launched = launch(tiny_fit, run, processes=1)
+    try:
+        wait_until(lambda: launched.poll() is not None or checkpoints(run)[-1:] > [0])
+        workers = psutil.Process(launched.pid).children(recursive=True)
+        launched.send_signal(signal.SIGTERM)
+        _, printed = launched.communicate(timeout=60)
+    finally:
+        for process in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    last = checkpoints(run)[-1]
+    assert f"error: stopped after step {last} of 100000, which is saved in {run}" in printed, printed
+    assert [history.num_rows for _, history in layers(run).values()] == [last, last]
+
+
+def test_the_sentence_is_the_last_thing_that_a_launcher_leaves(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    launched = launch(tiny_fit, tmp_path / "run", "--layers", 7, processes=2)
+    _, printed = launched.communicate(timeout=DEADLINE)
+    sentence = "the base has layers 0 to 1, but layers 7 were asked for; name existing ones with --layers"
+    assert "CalledProcessError" in printed
+    assert printed.splitlines()[-1].endswith(f": {sentence}"), printed
+    assert launched.returncode != 0
+
+
 def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """`accelerate launch --cpu --num_processes 2`, of which one is killed."""
     run = tmp_path / "run"
-    flags = tiny_fit.flags(run, "--max_steps", 100_000, "--report_to", "tensorboard")
-    accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", "--cpu", "--num_processes", "2", "train/fit.py", *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    launch = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+    launched = launch(tiny_fit, run, "--report_to", "tensorboard", "--checkpoint_every", 4, processes=2)
     try:
-        wait_until(lambda: launch.poll() is not None or checkpoints(run)[-1:] > [4])
-        workers = [p for p in psutil.Process(launch.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
+        wait_until(lambda: launched.poll() is not None or checkpoints(run)[-1:] > [4])
+        workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]
         by_rank = {worker.environ()["LOCAL_RANK"]: worker for worker in workers if worker.environ()["LOCAL_RANK"]}
         assert sorted(by_rank) == ["0", "1"]
         by_rank["1"].kill()
-        _, printed = launch.communicate(timeout=DEADLINE)
+        _, printed = launched.communicate(timeout=DEADLINE)
     finally:
-        for process in psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []:
+        for process in psutil.Process(launched.pid).children(recursive=True) if launched.poll() is None else []:
             process.kill()
-        launch.kill()
-    assert launch.returncode != 0
+        launched.kill()
+    assert launched.returncode != 0
     assert f"error: {LOST}" in printed, printed
     assert_loads(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -214,3 +215,20 @@ def test_a_file_that_the_hub_does_not_give_is_one_sentence(monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"recipe.yaml of nobody/nothing cannot be fetched: "):
         _ = run.recipe
+
+
+def test_a_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "set"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = os.rename
+
+    def fail(source: Path, destination: Path) -> None:
+        if (Path(source) / "new").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(ValueError, match="set cannot be written"), written_whole(target, replace=True) as scratch:
+        (scratch / "new").write_text("new")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["set", "set/old"]

@@ -9,6 +9,9 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from huggingface_hub import constants
+
+from bilinear_tc.train.launchers import say_last
 
 REPORT = "https://github.com/bilinear-tc/bilinear-tc/issues"  # pyproject.toml's Issues
 # what torch.distributed's transports say if the other end is gone
@@ -63,12 +66,19 @@ def command_line(main: Callable[[], None]) -> None:
             traceback.print_exc()
         if sentence is None:
             sentence = f"this is a bug in bilinear-tc: please report it, with the lines above, at {REPORT}"
-        print(prefix, sentence, file=sys.stderr, flush=True)
+        say_last(f"{prefix} {sentence}")
         sys.exit(1)
 
 
 def expected(error: BaseException) -> str | None:
     """What to tell the user of an error that is not a bug; None if it is one."""
+    step: BaseException | None = error
+    while step is not None:
+        if isinstance(step, OSError) and str(step.filename).startswith(constants.HF_HOME):
+            return (
+                f"the cache {constants.HF_HOME} cannot be used ({one_line(step)}): set HF_HOME to a folder of your own"
+            )
+        step = step.__cause__ or step.__context__
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):

@@ -22,6 +22,7 @@ import yaml
 from safetensors import SafetensorError
 
 from bilinear_tc.train.errors import StorageError, UserError, one_line
+from bilinear_tc.train.launchers import alive
 
 History = Mapping[str, Sequence[float]]  # by the columns of history.parquet, a value an optimizer step
 HISTORY_COLUMNS = {
@@ -117,6 +118,8 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
             "there, and run the same command again"
         ) from error
     finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -147,8 +150,7 @@ def _holder(lock: Path) -> str | None:
         if held["host"] != socket.gethostname():
             return f"process {held['pid']} on {held['host']}"
         process = psutil.Process(held["pid"])
-        alive = process.create_time() == held["started"] and process.status() != psutil.STATUS_ZOMBIE
-        return f"process {held['pid']}" if alive else None
+        return f"process {held['pid']}" if process.create_time() == held["started"] and alive(process) else None
     except (ValueError, KeyError, TypeError, psutil.Error, OSError):  # cut short by a kill, or ended meanwhile
         return None
 

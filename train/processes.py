@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 
 from bilinear_tc.train.errors import ElsewhereError
+from bilinear_tc.train.launchers import alive, launchers
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ def start_accelerator(**settings: Any) -> Accelerator:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which cleans up
+    launchers()  # as long as they are there
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if on_cpu:
         start_missing_processes()
@@ -37,10 +39,17 @@ def start_accelerator(**settings: Any) -> Accelerator:
     accelerator = Accelerator(cpu=on_cpu, **settings)
     if accelerator.mixed_precision != "no":
         logger.warning("accelerate's mixed_precision is not used: products are computed in the type that --dtype names")
-    # `accelerate launch` gives every process a single thread unless told otherwise
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1" and not threads_chosen():
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return accelerator
+
+
+def threads_chosen() -> bool:
+    """Whether it is the user who set OMP_NUM_THREADS: launchers give every process a single thread if nobody did."""
+    try:
+        return "OMP_NUM_THREADS" in (launchers()[-1].environ() if launchers() else os.environ)
+    except psutil.Error:
+        return False
 
 
 def available_cores() -> int:
@@ -106,6 +115,8 @@ def on_main(work: Callable[[], T]) -> T:
 class StopRequest:
     """Notices SIGTERM, SIGINT and SIGHUP while the context lasts: a step ends and is saved before the process does.
 
+    So it does if a launcher has ended: `accelerate launch` leaves its script alone when it gets a SIGTERM.
+
     Args:
         device: where processes exchange tensors.
     """
@@ -130,7 +141,8 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         """Whether any process has been asked to stop: the same answer on all of them, which must ask together."""
-        return bool(sum_over_processes(torch.tensor(float(self._received), device=self._device)).item())
+        asked = self._received or not all(map(alive, launchers()))
+        return bool(sum_over_processes(torch.tensor(float(asked), device=self._device)).item())
 
 
 def start_missing_processes() -> None:

@@ -180,7 +180,11 @@ def _open(dataset: str, config: str | None, split: str, text_column: str, skip: 
     kind = formats.pop()
     if kind in ("text", "jsonl"):
         return _row_stream(files[split], kind, text_column, skip)
-    builder = datasets.load_dataset_builder(kind, data_files=files)
+    try:
+        named = {name: [glob.escape(file) for file in paths] for name, paths in files.items()}
+        builder = datasets.load_dataset_builder(kind, data_files=named)
+    except Exception as error:  # such as a cache that cannot be written
+        raise TextError(f"{dataset!r} cannot be opened: {one_line(error)}") from error
     return _builder_stream(builder, files[split], split, text_column)
 
 
@@ -188,7 +192,14 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
     """The files that `dataset` names, as the split "train"; None if it is a folder or a Hub id."""
     if Path(dataset).is_file():
         return {"train": [dataset]}
-    patterns = [pattern for pattern in dataset.split(",") if pattern]
+    if Path(dataset).is_dir():  # whose name may hold commas and stars
+        if "[" in dataset:
+            raise TextError(
+                f"the folder {dataset!r} has a bracket in its name, which is taken for a pattern: name its files, as "
+                f"in {glob.escape(dataset)}/*.jsonl, or rename it"
+            )
+        return None
+    patterns = [dataset] if glob.glob(dataset) else [pattern for pattern in dataset.split(",") if pattern]
     if len(patterns) == 1 and _file_format(dataset) is None and not glob.has_magic(dataset):
         return None
     files = []
