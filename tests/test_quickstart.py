@@ -138,12 +138,15 @@ def test_a_run_is_written_in_utf8_whatever_the_locale(tmp_path):
 @pytest.mark.slow
 def test_it_prints_a_table_and_what_to_try_next(quickstart_run):
     evaluation = json.loads((quickstart_run.folder / "evaluation.json").read_text())
-    rows = {row[0]: row[1:] for row in map(str.split, quickstart_run.printed.splitlines()) if len(row) == 4}
+    rows = {row[0]: row[1:] for row in map(str.split, quickstart_run.printed.splitlines()) if len(row) == 9}
     for name, figures in [*evaluation["layers"].items(), ("mean", evaluation["mean"])]:
-        fvu, explained, affine = rows[name]
+        fvu, error, ordinary, _, affine, cosine, _, worst = rows[name]
         assert float(fvu) == pytest.approx(figures["fvu"], abs=6e-5)
-        assert float(explained.rstrip("%")) == pytest.approx(100 - 100 * figures["fvu"], abs=6e-3)
+        assert float(error.lstrip("±")) == pytest.approx(figures["fvu_se"], abs=6e-5)
+        assert float(ordinary) == pytest.approx(figures["fvu_ordinary"], abs=6e-5)
         assert float(affine) == pytest.approx(figures["fvu_linear"], abs=6e-5)
+        assert float(cosine) == pytest.approx(figures["jacobian_cosine"], abs=6e-4)
+        assert name == "mean" or float(worst) == pytest.approx(min(figures["interchange"].values()), abs=6e-4)
     assert evaluation["mean"]["fvu"] <= evaluation["mean"]["fvu_linear"] / 3
     line = f'AutoModel.from_pretrained("{quickstart_run.folder}", subfolder="layer_0", trust_remote_code=True)'
     assert line in quickstart_run.printed

@@ -123,7 +123,7 @@ def test_a_finished_run_only_prints_its_table(tiny_fit: TinyFit, tmp_path: Path)
     evaluation = json.loads((run / "evaluation.json").read_text())
     for layer in ("0", "1", "mean"):
         figures = evaluation["mean"] if layer == "mean" else evaluation["layers"][layer]
-        assert f"{layer:>5}  {figures['fvu']:8.4f}" in first.stdout
+        assert f"{layer:>5}  {figures['fvu']:.4f} ±{figures['fvu_se']:.4f}" in first.stdout
     assert f'AutoModel.from_pretrained("{run}", subfolder="layer_0", trust_remote_code=True)' in first.stdout
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}

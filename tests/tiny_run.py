@@ -124,6 +124,13 @@ def like_fvu(fvu: float) -> LayerScores:
     """Scores that go with an FVU."""
     return LayerScores(
         fvu=fvu,
+        fvu_se=fvu / 50,
+        fvu_ordinary=1.1 * fvu,
+        massive_share=0.0,
+        worst_channel={"index": 3, "share": 0.6},
+        error_quantiles={"1": fvu / 9, "50": fvu / 2, "99": 6 * fvu},
+        jacobian_cosine=1 - fvu,
+        interchange={"embedding": 1 - 3 * fvu, "mlp 0": 1 - 2 * fvu},
         fvu_raw=0.9 * fvu,
         variance_explained=1 - fvu,
         mse=fvu,

@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,10 +160,7 @@ class Run:
                 split=self.recipe_settings.get("split"),
                 held_out=False,
             )
-        whole = set(self.layers) == set(held_out.layers)
-        # replacing all layers of a larger set says nothing about replacing these
-        kept = {layer: held_out.layers[layer] for layer in self.layers}
-        return replace(held_out, layers=kept, all_layers=held_out.all_layers if whole else None)
+        return held_out.only(self.layers)
 
     def final_scores(self, layer: int) -> LayerScores:
         """Mean scores over the last steps of a layer's history."""

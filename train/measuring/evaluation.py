@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from bilinear_tc.train.errors import UserError
@@ -136,6 +136,12 @@ class Evaluation:
         values = self.values(score)
         return sum(values.values()) / len(values) if len(values) == len(self.layers) else None
 
+    def only(self, layers: Collection[int]) -> Evaluation:
+        """What it says of some of its layers: replacing all of them at once says nothing about replacing these."""
+        if set(layers) == set(self.layers):
+            return self
+        return replace(self, layers={layer: self.layers[layer] for layer in layers}, all_layers=None, mean_se={})
+
     def to_json(self) -> dict[str, Any]:
         """The content of evaluation.json; what was not measured is left out."""
         together = {} if self.all_layers is None else {"all_layers": _measured(vars(self.all_layers))}
@@ -202,13 +208,19 @@ def _score_problems(name: str, scores: Any, needed: Sequence[str]) -> Iterator[s
     if not isinstance(scores, dict):
         yield f"{name} must hold scores by name, got {type(scores).__name__}"
         return
-    numbers = {key: value for key, value in scores.items() if key != "model"}  # the base has a name
-    for key in [key for key, value in numbers.items() if isinstance(value, dict) and key not in SUMMARIES]:
-        yield from _score_problems(f"{key} of {name}", numbers.pop(key), ())
+    tables = {key: value for key, value in scores.items() if isinstance(value, dict) and key not in SUMMARIES}
+    for key, table in tables.items():
+        yield from _number_problems(f"{key} of {name}", table, ("index", "share") if key == "worst_channel" else ())
+    yield from (f"{key} of {name} must hold numbers by name" for key in TABLES if key in {*scores} - {*tables})
+    named = {*tables, *TABLES, "model"}  # the base has a name
+    yield from _number_problems(name, {key: value for key, value in scores.items() if key not in named}, needed)
+
+
+def _number_problems(name: str, numbers: dict[str, Any], needed: Sequence[str]) -> Iterator[str]:
     bad = [key for key, v in numbers.items() if not isinstance(v, (int, float)) or not math.isfinite(v)]
     if bad:
         yield f"{', '.join(bad)} of {name} {'is not a finite number' if len(bad) == 1 else 'are not finite numbers'}"
-    yield from (f"{name} has no {key}" for key in needed if key not in scores)
+    yield from (f"{name} has no {key}" for key in needed if key not in numbers)
 
 
 def _measured(scores: Mapping[str, Any]) -> dict[str, Any]:
