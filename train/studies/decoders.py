@@ -2,7 +2,8 @@
 
     python train/studies/decoders.py
 
-prints two Markdown tables: what works, and what is refused with which sentence. It needs no network. Of each decoder
+prints two Markdown tables: what works, and what is refused with which sentence. It needs no network, which
+HF_HUB_OFFLINE=1 tells the Hub's library. Of each decoder
 
 - the MLPs are found, or named as `--mlp_path` names them;
 - the closed form's units are held against least squares in float64 over what the MLP's own maps are seen to compute;
@@ -38,7 +39,7 @@ from bilinear_tc.train.fitting.closed_form import FUNCTIONS, set_all_units
 from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.mlps import linear_maps
-from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.recipe import Recipe, option, parse_settings
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -260,11 +261,19 @@ def examine(name: str, *, commands: bool = True) -> Finding:
     return Finding(site, error, reason, exact, failure)
 
 
+@dataclass
+class StudySettings:
+    """What to look at."""
+
+    only: str | None = option(None, "Decoders by name, with commas between. Default: all.")
+
+
 def main() -> None:
+    only = parse_settings(StudySettings).only
     transformers.logging.set_verbosity_error()
     rows: dict[tuple[str, str, str, str], list[tuple[str, float]]] = defaultdict(list)
     refused = []
-    for name in known():
+    for name in only.split(",") if only else known():
         try:
             found = examine(name)
         except UserError as error:
