@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from bases import SIZES
+from bases import SIZES, write_base_of_words
 from forking import ForkServer
 from hub_server import HubServer
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -37,6 +38,7 @@ from bilinear_tc.train.measuring.held_out import measure
 from bilinear_tc.train.measuring.reconstruction import Reconstruction
 from bilinear_tc.train.measuring.replacement import Replacement
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import layer_settings
 from bilinear_tc.train.studies import decoders
 from bilinear_tc.train.text.batches import TokenBatch
 
@@ -343,6 +345,23 @@ def test_the_recipe_says_where_mlps_of_other_names_are(unusual: PreTrainedModel)
     assert torch.equal(MLPWeights.read(base, 1, x, y).act(x), x.tanh())  # a function, which no module shows
     base.stop_after_last_layer()
     base.activations(tokens())
+
+
+def test_a_layer_is_written_with_its_own_path(unusual: PreTrainedModel) -> None:
+    recipe = Recipe(mlp_path="gpt_neox.layers.{}.inner.a:b", layers="1,2")
+    base = Base(unusual, None, recipe.layer_indices(), recipe.mlp_path)
+    config = make_transcoders(recipe, base, CPU)[1].config
+    assert layer_settings(config, recipe, {})["mlp_path"] == config.mlp_path == "gpt_neox.layers.2.inner.a:b"
+
+
+def test_a_decoders_own_layers_are_counted(tmp_path: Path) -> None:
+    """BART's configuration says as num_hidden_layers how many its encoder has."""
+    model = decoders.tiny("bart")
+    assert (model.config.num_hidden_layers, len(model.base_model.decoder.layers)) == (1, 2)
+    write_base_of_words(tmp_path, model, ["a"], Whitespace())
+    assert Base.load(str(tmp_path), layers=[1]).layers == [1]
+    with pytest.raises(UserError, match="the base has layers 0 to 1, but layers 2 were asked for"):
+        Base.load(str(tmp_path), layers=[2])
 
 
 @pytest.mark.parametrize("path", ["gpt_neox.layers.1.inner.a:b", "gpt_neox.layers.{}.mlp", "nowhere.{}.a", ""])

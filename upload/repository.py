@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
-from bilinear_tc.train.base import base_location
+from bilinear_tc.train.base import base_location, count_layers
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import (
@@ -165,7 +165,7 @@ def all_layers(recipe: Recipe, *, at_least: int) -> list[int]:
     """Every layer of the recipe's base, or, if the base cannot be asked, which it says, up to the last fitted one."""
     try:
         config = AutoConfig.from_pretrained(base_location(recipe.base), revision=recipe.base_revision)
-        return list(range(config.get_text_config().num_hidden_layers))
+        return list(range(count_layers(config)))
     except (OSError, ValueError, AttributeError) as error:
         reason = one_line(error)
         print(f"how many layers {recipe.base} has could not be checked, so that later ones may be missing: {reason}")
