@@ -357,6 +357,7 @@ def test_a_layer_is_written_with_its_own_path(unusual: PreTrainedModel) -> None:
 def test_a_decoders_own_layers_are_counted(tmp_path: Path) -> None:
     """BART's configuration says as num_hidden_layers how many its encoder has."""
     model = decoders.tiny("bart")
+    model.config.encoder_layers = 1
     assert (model.config.num_hidden_layers, len(model.base_model.decoder.layers)) == (1, 2)
     write_base_of_words(tmp_path, model, ["a"], Whitespace())
     assert Base.load(str(tmp_path), layers=[1]).layers == [1]

@@ -48,7 +48,7 @@ VOCABULARY = 2048  # the quickstart tokenizer's
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "word_embed_proj_dim"), 16),
     **dict.fromkeys(("attention_hidden_size", "dim_model", "moe_intermediate_size", "lru_width"), 16),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_experts_per_tok"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff"), 32),
@@ -58,7 +58,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim", "head_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 4),
     **{"vocab_size": VOCABULARY, "initializer_range": 0.25, "is_decoder": True},  # pre-activations vary by about one
-    **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "n_group": 1, "topk_group": 1, "encoder_layers": 1},
+    **{"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "n_group": 1, "topk_group": 1},
 }
 NAMED = """
     gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj codegen openai-gpt ctrl falcon bloom mpt phi persimmon starcoder2
