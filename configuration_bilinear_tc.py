@@ -28,7 +28,8 @@ class BilinearTCConfig(PretrainedConfig):
         base_model: the language model whose MLP the transcoder stands in for, as a Hub id or a folder.
         base_revision: revision of that model.
         layer_index: index of the layer in that model, counted from 0.
-        mlp_path: the MLP's module path inside the causal language model, e.g. `"gpt_neox.layers.3.mlp"`.
+        mlp_path: the MLP's module path inside the causal language model, e.g. `"gpt_neox.layers.3.mlp"`, or of an MLP
+            that is no module, those of its two ends, e.g. `"model.decoder.layers.3.fc1:fc2"`.
 
     The three widths have no defaults. They may be left out only because transformers itself builds
     `BilinearTCConfig()` to compare against; a model cannot be built from it.

@@ -12,7 +12,14 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bilinear_tc.modeling_bilinear_tc import Site
 from bilinear_tc.train.errors import UserError, one_line
@@ -145,9 +152,8 @@ class Base:
         place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with one_sentence(name):
             config = AutoConfig.from_pretrained(location, **place)
-        text_config = config.get_text_config()  # checked before gigabytes are read
-        check_layers(layers, getattr(text_config, "decoder_layers", text_config.num_hidden_layers))
-        positions = getattr(text_config, "max_position_embeddings", None)
+        check_layers(layers, count_layers(config))  # before gigabytes are read
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if seq_len is not None and positions is not None and seq_len > positions:
             raise UserError(
                 f"the base takes sequences of up to {positions} tokens, but seq_len is {seq_len}; lower it with "
@@ -263,6 +269,12 @@ class Base:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         for layer in set(self.layers) - seen:
             raise UserError(f"the forward pass never came to {self.mlp_path(layer)}, as it did when it was loaded")
+
+
+def count_layers(config: PretrainedConfig) -> int:
+    """How many layers a decoder has, by its configuration; BART's and its like count their encoder's apart."""
+    text_config = config.get_text_config()
+    return getattr(text_config, "decoder_layers", text_config.num_hidden_layers)
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int, holding: Collection[int] | None = None) -> list[int]:

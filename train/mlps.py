@@ -155,8 +155,8 @@ def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, in
         came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
             f"{path_of(ends)} ({type(leave).__name__}) cannot be fitted: expected a map of one tensor [sequences, "
-            f"tokens, width] to one, run once a pass, got {len(tensors)} tensors in and {came} out, {len(entered)} "
-            "times; choose other layers with --layers, another module with --mlp_path, or another base"
+            f"tokens, width] to one, run once a pass, got {len(tensors)} tensors in and {came} out, "
+            f"{len(entered)} times; choose other layers with --layers, or another module with --mlp_path"
         )
     return tensors[0].shape[-1], output.shape[-1]
 

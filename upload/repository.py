@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
-from bilinear_tc.train.base import base_location
+from bilinear_tc.train.base import base_location, count_layers
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.files import read_json, write_yaml, written_whole
 from bilinear_tc.train.recipe import Recipe
@@ -170,7 +170,7 @@ def all_layers(recipe: Recipe, at_least: int, offline: bool) -> list[int]:
     try:
         place: dict[str, Any] = {"revision": recipe.base_revision, "local_files_only": offline}
         config = AutoConfig.from_pretrained(base_location(recipe.base), **place)
-        return list(range(config.get_text_config().num_hidden_layers))
+        return list(range(count_layers(config)))
     except (OSError, ValueError, AttributeError) as error:
         reason = one_line(error)
         print(f"how many layers {recipe.base} has could not be checked, so that later ones may be missing: {reason}")

@@ -65,7 +65,7 @@ class MLPWeights:
         """
         parts, x, y = base.parts(layer), x.float(), y.float()
         own = [part for part in parts if not is_linear(part) and all(p.numel() == 1 for p in part.parameters())]
-        reason = f"expected two linear maps, or a gated three, got {len(linear_maps(parts))}"
+        reason = f"expected two linear maps, or a gated three, that fit together, got {len(linear_maps(parts))}"
         for acts in (own, [ACT2FN[name] for name in FUNCTIONS]):
             readings = [cls(*roles, act) for roles in roles_of(parts, x.shape[1], y.shape[1]) for act in acts]
             if readings:

@@ -2,7 +2,8 @@
 
     python train/studies/decoders.py
 
-prints two Markdown tables: what works, and what is refused with which sentence. It needs no network. Of each decoder
+prints two Markdown tables: what works, and what is refused with which sentence. It needs no network, which
+HF_HUB_OFFLINE=1 tells the Hub's library. Of each decoder
 
 - the MLPs are found, or named as `--mlp_path` names them;
 - the closed form's units are held against least squares in float64 over what the MLP's own maps are seen to compute;
@@ -39,7 +40,7 @@ from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.fitting.mlp_weights import FUNCTIONS
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.mlps import linear_maps
-from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.recipe import Recipe, option, parse_settings
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ NAMED = """
 # By name the settings of the configuration and, if they are not those of the name, its type, and the recipe's fields.
 DECODERS: dict[str, dict[str, Any]] = {name: {} for name in NAMED.split()} | {
     "gpt_neo": {"attention_types": [[["global"], 2]]},
-    "opt, norm after": {"model_type": "opt", "do_layer_norm_before": False},
+    "opt (norm after)": {"model_type": "opt", "do_layer_norm_before": False},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "deepseek_v3": {"head_dim": 4, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
@@ -257,29 +258,37 @@ def examine(name: str, *, commands: bool = True) -> Finding:
     exact = all(is_exact(base, transcoder) for transcoder in make_transcoders(recipe_of(name), base, CPU))
     with TemporaryDirectory() as folder:
         failure = run_commands(name, "random" if reason else "mlp", Path(folder)) if commands else None
-    site = base.mlp_path(first).partition(f".{first}.")[2] or base.mlp_path(first)
+    site = base.mlp_path(first).partition(f".{first}.")[2] or f"{base.mlp_path(first).rpartition('.')[0]}.{{}}"
     return Finding(site, error, reason, exact, failure)
 
 
+@dataclass
+class StudySettings:
+    """What to look at."""
+
+    only: str | None = option(None, "Decoders by name, with commas between. Default: all.")
+
+
 def main() -> None:
+    only = parse_settings(StudySettings).only
     transformers.logging.set_verbosity_error()
     rows: dict[tuple[str, str, str, str], list[tuple[str, float]]] = defaultdict(list)
     refused = []
-    for name in known():
+    for name in only.split(",") if only else known():
         try:
             found = examine(name)
         except UserError as error:
-            refused.append(f"| {name} | {error} |")
+            refused.append(f"| {name} | {str(error).partition(';')[0]} |")
             continue
         start = "closed form" if found.error is not None else "noise"
         exact, done = "exact" if found.exact else "differ", found.failure or "done"
         rows[f"`{found.site}`", start, exact, done].append((name, found.error or 0.0))
     print("| MLP in a layer | decoders | start, largest difference | captured, spliced | fit, evaluate, card |")
     print("| --- | --- | --- | --- | --- |")
-    for (site, start, exact, done), names in rows.items():
+    for (site, start, exact, done), names in sorted(rows.items(), key=lambda row: row[0][1]):
         difference = f", {max(error for _, error in names):.0e}" if start == "closed form" else ""
         print(f"| {site} | {', '.join(name for name, _ in names)} | {start}{difference} | {exact} | {done} |")
-    print(f"\n{sum(map(len, rows.values()))} work. Refused:\n\n| decoder | why |\n| --- | --- |", *refused, sep="\n")
+    print("\n| refused | why |\n| --- | --- |", *refused, sep="\n")
 
 
 if __name__ == "__main__":
