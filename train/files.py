@@ -37,6 +37,10 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_json(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file of settings; UserError if it is not a readable YAML mapping."""
     try:

@@ -5,7 +5,6 @@ This file alone knows what a run's files are called and what they hold. `files.p
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
@@ -32,6 +30,7 @@ from bilinear_tc.train.files import (
     read_yaml,
     sha256_of,
     write_history,
+    write_json,
     write_yaml,
     written_whole,
 )
@@ -199,7 +198,7 @@ class Run:
     @cached_property
     def _remote_files(self) -> set[str]:
         try:
-            if is_offline_mode():  # what lies in the cache
+            if constants.HF_HUB_OFFLINE:  # what lies in the cache
                 folder = Path(snapshot_download(self.where, revision=self.revision, local_files_only=True))
                 return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
             return set(list_repo_files(self.where, revision=self.revision))
@@ -290,9 +289,8 @@ class Run:
         remedy = "run the fit's command again, which writes it from the checkpoint"
         try:
             hashes = read_json(path)["sha256"]
-            changed = [
-                n for n, value in hashes.items() if not (f := self.folder / n).is_file() or sha256_of(f) != value
-            ]
+            files = {name: self.folder / name for name in hashes}
+            changed = [name for name, f in files.items() if not f.is_file() or sha256_of(f) != hashes[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return [f"{EXPORTED} is not readable ({one_line(error)}): {remedy}"]
         return [f"{file} is missing, or not as it was written: {remedy}" for file in changed]
@@ -354,8 +352,7 @@ class Run:
             folders = [self.layer_folder(transcoder.config.layer_index) for transcoder in transcoders]
             hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
             with written_whole(self.folder) as scratch:
-                exported = json.dumps({"step": facts["steps"], "sha256": hashes}, indent=2) + "\n"
-                (scratch / EXPORTED).write_text(exported, encoding="utf-8")
+                write_json({"step": facts["steps"], "sha256": hashes}, scratch / EXPORTED)
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -373,8 +370,7 @@ class Run:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         with written_whole(self.folder) as scratch:
-            text = json.dumps(evaluation.to_json(), indent=2) + "\n"
-            (scratch / EVALUATION).write_text(text, encoding="utf-8")
+            write_json(evaluation.to_json(), scratch / EVALUATION)
         self.forget()
 
     def forget(self) -> None:
