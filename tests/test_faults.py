@@ -182,8 +182,8 @@ def test_a_token_that_the_base_has_not_is_named_and_costs_no_step(tiny_fit: Tiny
     steps = 9 - CALIBRATION_STEPS
     (error,) = finished.errors
     assert error == (
-        "error: the tokenizer gives the token 60, but the base's embedding has 50 rows: expected the tokenizer that "
-        f"belongs to the base (all {steps} steps before it are saved in {run})"
+        "error: expected the base's own tokenizer, got the token 60 for an embedding of 50 rows "
+        f"(all {steps} steps before it are saved in {run})"
     )
     assert "Traceback" not in finished.stderr
     assert checkpoints(run)[-1] == steps
@@ -379,7 +379,7 @@ def test_folders_of_any_name(tiny_fit: TinyFit, tmp_path: Path) -> None:
     assert_loads(run)
     assert tiny_fit.run(run, "--dataset", parquet_text(tmp_path), "--max_steps", 2, "--no_resume", "--overwrite").output
     (error,) = tiny_fit.run(tmp_path / "other", "--dataset", tmp_path / "text[1]").errors
-    assert re.match(r"error: the folder '.*' has a bracket in its name, .*: name its files, as in ", error), error
+    assert re.match(r"error: '.*/text\[1\]' is taken for a pattern: rename it, or name ", error), error
 
 
 @pytest.mark.slow

@@ -59,8 +59,11 @@ def test_a_card_edited_in_the_folder_is_published_and_stays(hub: HubServer, publ
         done = publisher.command(run, "--repo_id", REPO)
         assert f"{readme} was written by hand, and is kept" in done.stdout, done.output
         assert "## My own limits" in on_hub(hub, "README.md")
+    readme.write_text(generated.replace("## Limits", "## My other limits"))
+    refused = publisher.command(run, "--repo_id", REPO, "--card", str(run / "recipe.yaml"))
+    assert f"error: publishing would replace {readme}, which was written by hand: move it" in refused.stderr
     anew = publisher.command(run, "--repo_id", REPO, "--overwrite")
-    assert f"{readme} was written by hand, and is replaced" in anew.stdout
+    assert f"--overwrite: publishing will replace {readme}, which was written by hand" in anew.stdout
     assert on_hub(hub, "README.md") == generated
 
 

@@ -154,7 +154,7 @@ def test_a_massive_row_has_no_part_in_the_statistics_and_counts_by_its_relative_
     y[7] *= 100 * median[1] / y[7].norm()
     activations.weigh(median)
     others = [row for row in range(40) if row != 7]
-    assert activations.weights[1, 7].item() == pytest.approx(1e-4)
+    assert activations.weights[1, 7].item() == pytest.approx(1e-2)
     assert (activations.weights[1, others] == 1).all()
     inputs, outputs = activations.moments()
     assert outputs.count.flatten().tolist() == [40, 39, 40]

@@ -2,7 +2,7 @@
 
 In SmolLM2-135M's layer 11 they are up to 920 times the median, at 0.9% of the tokens (massive activations: Sun et al.
 2024, arXiv:2402.17762). Such rows own every sum that they are part of, so the fit's statistics are of ordinary rows,
-and in its loss a massive row counts by its error relative to its size.
+and in its loss a massive row's error counts as if the row were of the size at which rows are called massive.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def massive(y: Tensor, median: Tensor) -> Tensor:
 
 
 def row_weights(y: Tensor, median: Tensor) -> Tensor:
-    """What each row of y [..., rows, features] counts in a loss [..., rows]: 1, or if massive (median / norm)²."""
-    return torch.where(massive(y, median), (median.unsqueeze(-1) / norms(y)).square(), 1)
+    """What each row of y [..., rows, features] counts in a loss [..., rows]: 1, or if massive (limit / norm)²."""
+    return (TIMES * median.unsqueeze(-1) / norms(y)).square().clamp(max=1)
 
 
 def median_norm(y: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.constants import is_offline_mode
+from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
@@ -194,7 +193,7 @@ class Run:
     @cached_property
     def _remote_files(self) -> set[str]:
         try:
-            if is_offline_mode():  # what lies in the cache
+            if constants.HF_HUB_OFFLINE:  # what lies in the cache
                 folder = Path(snapshot_download(self.where, revision=self.revision, local_files_only=True))
                 return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
             return set(list_repo_files(self.where, revision=self.revision))
@@ -285,9 +284,8 @@ class Run:
         remedy = "run the fit's command again, which writes it from the checkpoint"
         try:
             hashes = read_json(path)["sha256"]
-            changed = [
-                n for n, value in hashes.items() if not (f := self.folder / n).is_file() or sha256_of(f) != value
-            ]
+            files = {name: self.folder / name for name in hashes}
+            changed = [name for name, f in files.items() if not f.is_file() or sha256_of(f) != hashes[name]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             return [f"{EXPORTED} is not readable ({one_line(error)}): {remedy}"]
         return [f"{file} is missing, or not as it was written: {remedy}" for file in changed]

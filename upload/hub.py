@@ -173,6 +173,7 @@ class HubRepository:
     def explain(self, error: BaseException) -> str:
         """One sentence on what the Hub (or the way to it) refused, and what to do about it."""
         owner, status, reason = self.repo_id.split("/")[0], status_of(error), redacted(error)
+        times = "once" if self.attempts == 1 else f"{self.attempts} times"
         match status:
             case 401:
                 return "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN anew"
@@ -191,16 +192,11 @@ class HubRepository:
             case None if is_offline(error):
                 return "the Hub is not asked while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it"
             case None:
-                failed = f"the connection to the Hub failed {self._times}"
-                return f"{failed} ({reason}): run the command again to resume"
+                return f"the connection to the Hub failed {times} ({reason}): run the command again to resume"
             case _ if may_pass(error):
-                return f"the Hub failed {self._times} ({status}): run the command again later to resume"
+                return f"the Hub failed {times} ({status}): run the command again later to resume"
             case _:
                 return f"the Hub refused the request ({status}): {reason}"
-
-    @property
-    def _times(self) -> str:
-        return "once" if self.attempts == 1 else f"{self.attempts} times"
 
     # Reading
 

@@ -25,19 +25,20 @@ def own_card(folder: Path, file: str | None, *, overwrite: bool) -> str | None:
     foreign = sorted(name for path in there if not LAYOUT.fullmatch(name := path.relative_to(folder).as_posix()))
     if foreign:
         ask(f"delete {shortened(foreign)} in {folder}", "move what you need", overwrite=overwrite)
-    card, readme = None, folder / REPOCARD_NAME
+    readme = folder / REPOCARD_NAME
     try:
-        if file is not None:
-            card = Path(file).read_text(encoding="utf-8")
-        if (
-            readme.is_file()
-            and writer_of(before := readme.read_text(encoding="utf-8", errors="replace")) != "generated"
-        ):
-            card = before if card is None and not overwrite else card
-            fate = "is kept (--overwrite has it written anew)" if card == before else "is replaced"
-            print(f"{readme} was written by hand, and {fate}")
+        card = None if file is None else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--card must name a text file in UTF-8, got {file}: {one_line(error)}") from error
+    before = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    writer = writer_of(before)
+    if writer == "generated" or card == before:
+        return card
+    if card is None and not overwrite:
+        print(f"{readme} was written by hand, and is kept (--overwrite has it written anew)")
+        return before
+    if writer == "edited" or overwrite:
+        ask(f"replace {readme}, which was written by hand", "move it elsewhere", overwrite=overwrite)
     return card
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import STATISTICS, BilinearTC
 from bilinear_tc.train.base import base_location, count_layers
 from bilinear_tc.train.errors import UserError, one_line
-from bilinear_tc.train.files import read_json, write_yaml, written_whole
+from bilinear_tc.train.files import read_json, write_json, write_yaml, written_whole
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import (
     CODE_FILES,
@@ -296,7 +295,7 @@ def build_repository(
         for name in CODE_FILES:
             shutil.copyfile(PACKAGE / name, scratch / name)
         pointer = {"model_type": BilinearTCConfig.model_type, "auto_map": AUTO_MAP, "layers": run.layers}
-        (scratch / CONFIG).write_text(json.dumps(pointer, indent=2) + "\n", encoding="utf-8")
+        write_json(pointer, scratch / CONFIG)
         add_settings(run.recipe_settings, run.folder / RECIPE, scratch / RECIPE)
         if run.evaluation is not None:
             link_or_copy(run.folder / EVALUATION, scratch / EVALUATION)

@@ -77,8 +77,8 @@ class MLPWeights:
                 reason = f"read as a plain or gated MLP, its weights miss its outputs by {error:.0%}"
         path = base.mlp_path(layer)
         raise UserError(
-            f"the weights of {path} cannot be read for a closed-form start or a derivative: {reason}; fit it with "
-            "--init random and --jvp 0, or others with --layers"
+            f"no closed-form start for {path}, nor a derivative for --jvp: {reason}; fit it with --init random and "
+            "--jvp 0, or others with --layers"
         )
 
     def to(self, dtype: torch.dtype) -> MLPWeights:

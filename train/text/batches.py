@@ -120,14 +120,12 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
             for name, value in values.items():
                 if value is not None and value < least:
                     raise ValueError(f"{name} must be at least {least}, but is {value}")
-        self.seq_len, self.batch_size, self.pack = seq_len, batch_size, pack
-        self._documents = documents
+        self.seq_len, self.batch_size, self.pack, self._documents = seq_len, batch_size, pack, documents
         # Tokenizing must not starve the fit.
         threads = max(0, min(8, available_cores() - 2)) if workers is None else workers
         self._encoder = Encoder(tokenizer, None if pack else seq_len, threads)
         self._shuffle_buffer = shuffle_buffer
-        self._vocabulary = vocabulary
-        self._prefetch, self._pin_memory, self._epochs = prefetch, pin_memory, epochs
+        self._prefetch, self._pin_memory, self._epochs, self._vocabulary = prefetch, pin_memory, epochs, vocabulary
         self._producer: _Producer[tuple[TokenBatch, _Position]] | None = None
         self._start = documents.state_dict()
         generator = np.random.default_rng(seed).bit_generator.state
@@ -150,7 +148,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
 
     @property
     def skipped(self) -> int:
-        """Rows left out before the last batch handed out, if the documents count them."""
+        """Rows left out so far."""
         return self._position.documents.get("skipped", 0)
 
     def state_dict(self) -> dict:
@@ -268,8 +266,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
             batch = TokenBatch(input_ids, mask)
         if self._vocabulary is not None and (last := int(batch.input_ids.max())) >= self._vocabulary:
             raise TextError(
-                f"the tokenizer gives the token {last}, but the base's embedding has {self._vocabulary} rows: expected "
-                "the tokenizer that belongs to the base"
+                f"expected the base's own tokenizer, got the token {last} for an embedding of {self._vocabulary} rows"
             )
         return batch.map(torch.Tensor.pin_memory) if self._pin_memory else batch
 

@@ -101,8 +101,8 @@ class Documents:
     def state_dict(self) -> dict:
         """The position after the last document handed out, in plain numbers and strings."""
         position = self._stream.state_dict() if self._position is None else self._position
-        read = self._read_until(position)
-        return {"position": position, "source": self._source, "read": read, "skipped": self.skipped}
+        kept = {"position": position, "source": self._source, "skipped": self.skipped}
+        return kept | {"read": self._read_until(position)}
 
     def load_state_dict(self, state: dict) -> None:
         """Iterate from a position that `state_dict` gave; files read to their end by then are not read again.
@@ -193,12 +193,9 @@ def _named_files(dataset: str) -> dict[str, list[str]] | None:
     if Path(dataset).is_file():
         return {"train": [dataset]}
     if Path(dataset).is_dir():  # whose name may hold commas and stars
-        if "[" in dataset:
-            raise TextError(
-                f"the folder {dataset!r} has a bracket in its name, which is taken for a pattern: name its files, as "
-                f"in {glob.escape(dataset)}/*.jsonl, or rename it"
-            )
-        return None
+        if "[" not in dataset:
+            return None
+        raise TextError(f"{dataset!r} is taken for a pattern: rename it, or name {glob.escape(dataset)}/*.jsonl")
     patterns = [dataset] if glob.glob(dataset) else [pattern for pattern in dataset.split(",") if pattern]
     if len(patterns) == 1 and _file_format(dataset) is None and not glob.has_magic(dataset):
         return None
@@ -302,7 +299,7 @@ def _jsonl_rows(files: list[str], text_column: str, skip: bool) -> Iterator[dict
 
 
 def _or_skipped(read: Callable[[], str], skip: bool) -> str | None:
-    """A row's text; None if there is none, and it is to be skipped."""
+    """A row's text; None for a bad one that is to be skipped."""
     try:
         return read()
     except TextError as error:
