@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilinear_tc.train.base import Base, find_blocks
+
+
+def blocks_of(base: Base) -> list[nn.Module]:
+    return list(find_blocks(base.model.base_model)[1])
 
 
 class Reentry:
@@ -23,7 +27,7 @@ class Reentry:
 
     def __init__(self, base: Base) -> None:
         self.model = base.model
-        self.blocks = list(find_blocks(base.model.base_model)[1])
+        self.blocks = blocks_of(base)
         self.left: list[Any] = []  # what each block has left in the true pass
 
     def keep(self, input_ids: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilinear_tc.train.base import Base, find_blocks
+from bilinear_tc.train.base import Base
 from bilinear_tc.train.massive import massive
+from bilinear_tc.train.measuring.reentry import blocks_of
 from bilinear_tc.train.processes import gather_over_processes
 from bilinear_tc.train.text.batches import TokenBatch
 
@@ -111,7 +112,7 @@ def watched(base: Base) -> Iterator[tuple[dict[str, Tensor], dict[int, nn.Module
         return hook
 
     handles = []
-    for k, block in enumerate(find_blocks(base.model.base_model)[1]):
+    for k, block in enumerate(blocks_of(base)):
         mlp = base.mlp(k)
         inside = {block, *mlp.modules()}
         handles += [
