@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train import evaluate
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.measuring.affine import solve_affine
@@ -222,3 +224,23 @@ def test_the_base_is_as_it_was_afterwards(neox, transcoders):
 def test_a_folder_without_transcoders_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no layer_\* folder: expected a run"):
         _ = Run(tmp_path).layers
+
+
+@pytest.mark.slow
+def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_path):
+    run = tiny_fit.reference("--max_steps", 1)
+    split = sorted(tiny_fit.text.iterdir())[-1]
+    flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--output", tmp_path]
+    printed = []
+    for count in (200, 2000, 0, -1):
+        finished = tiny_fit.server.start(evaluate.main, [*flags, "--loss_tokens", count]).wait()
+        printed.append(finished.stdout)
+        if count < 0:
+            assert finished.errors == ["error: loss_tokens must be at least 0, got -1"]
+            break
+        assert finished.returncode == 0, finished.stderr
+        content = json.loads((tmp_path / "evaluation.json").read_text())
+        assert content["tokens"] == 8 * 4 * 32  # whole batches
+        assert content.get("loss_tokens") == (-(-count // 128) * 4 * 31 or None)
+        assert ("all_layers" in content) == ("CE increase" in finished.stdout) == (count > 0)
+    assert len({out[: out.index("\n\n")] for out in printed[:3]}) == 1  # the layers' scores are the same

@@ -73,6 +73,16 @@ def test_a_base_whose_blocks_hand_on_more_than_their_outputs_is_told(neox: Base)
         assert not Reentry(neox).is_exact(tokens(0)[:1])
 
 
+@torch.no_grad()
+def test_a_block_that_writes_over_its_input_spoils_no_later_pass(neox: Base) -> None:
+    neox.model.gpt_neox.layers[1].register_forward_pre_hook(lambda _block, args: (args[0].add_(0.5), *args[1:]))
+    passes = Reentry(neox)
+    assert passes.is_exact(tokens(0)[:1])
+    left = passes.keep(tokens(1))
+    for _ in range(2):
+        torch.testing.assert_close(passes.enter(tokens(1), 1), left)
+
+
 def test_the_losses_are_those_of_whole_passes(neox: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for exact, logits in ((True, 2**23), (True, 50 * 3), (False, 0)):
@@ -131,19 +141,27 @@ def test_standard_errors_are_those_of_the_sequences(neox: Base) -> None:
     measured = Replacement(neox, transcoders)
     batch = padded()[0]
     measured.add(batch)
-    ce, kl = [], []
-    with torch.no_grad():
-        for ids, n in zip(batch.input_ids, LENGTHS.tolist(), strict=True):
-            true = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
-            with transcoders[1].attached(neox.model):
-                own = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
-            ce.append((true - own).gather(1, ids[1:n, None]).sum())
-            kl.append((true.exp() * (true - own)).sum())
+    found = measured.scores()
     lengths = (LENGTHS - 1).double()
-    scores = measured.scores().layers[1]
-    for sums, mean, error in ((ce, scores.ce_increase, scores.ce_increase_se), (kl, scores.kl, scores.kl_se)):
-        sums = torch.stack(sums)
-        ratio = sums.sum() / lengths.sum()
-        expected = (4 / 3 * (sums - ratio * lengths).square().sum()).sqrt() / lengths.sum()
-        assert mean == pytest.approx(ratio.item(), rel=1e-3)
-        assert error == pytest.approx(expected.item(), rel=1e-3)
+    residuals = []
+    for transcoder, scores in zip(transcoders, found.layers, strict=True):
+        rises, divergences = [], []
+        for ids, n in zip(batch.input_ids, LENGTHS.tolist(), strict=True):
+            with torch.no_grad():
+                true = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
+                with transcoder.attached(neox.model):
+                    own = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
+            rises.append((true - own).gather(1, ids[1:n, None]).sum())
+            divergences.append((true.exp() * (true - own)).sum())
+        sums = torch.tensor([rises, divergences]).double()
+        ratio = sums.sum(1) / lengths.sum()
+        residuals.append((sums - ratio[:, None] * lengths) / lengths.sum())
+        assert [scores.ce_increase, scores.kl] == pytest.approx(ratio.tolist(), rel=1e-3)
+        assert [scores.ce_increase_se, scores.kl_se] == pytest.approx(spread(residuals[-1]), rel=1e-3)
+    of_mean = [found.mean_se["ce_increase_se"], found.mean_se["kl_se"]]
+    assert of_mean == pytest.approx(spread(torch.stack(residuals).mean(0)), rel=1e-3)
+
+
+def spread(residuals: Tensor) -> list[float]:
+    """Of four sequences' residuals [figures, sequences]."""
+    return (4 / 3 * residuals.square().sum(1)).sqrt().tolist()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
 from bilinear_tc.train.processes import on_main, start_accelerator
@@ -36,7 +36,9 @@ class EvaluationSettings:
     skip_bad_rows: bool = option(False, "Leave out rows that hold no text or cannot be read.")
     tokens: int | None = option(None, "Tokens to measure the layers on. Default: the recipe's eval_tokens.")
     loss_tokens: int | None = option(
-        None, "Tokens to measure the base's loss on, at the cost of a pass of the base a layer. Default: as --tokens."
+        None,
+        "Tokens to measure the base's loss on, at the cost of a pass of the base a layer; 0: not at all. Default: as "
+        "--tokens.",
     )
     batch_size: int = option(16, "Sequences at once, over all processes.")
     dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type.")
@@ -65,19 +67,18 @@ def evaluate(settings: EvaluationSettings) -> None:
         skip_bad_rows=settings.skip_bad_rows or recipe.skip_bad_rows,
         eval_tokens=settings.tokens or recipe.eval_tokens,
     )
+    loss_tokens = held_out.eval_tokens if settings.loss_tokens is None else settings.loss_tokens
+    if loss_tokens < 0:
+        raise UserError(f"loss_tokens must be at least 0, got {loss_tokens}")
     base = Base.of_recipe(recipe, device, run.layers)
     transcoders = [run.load(layer).float().to(device) for layer in run.layers]
     evaluation = measure_held_out(
-        transcoders,
-        recipe,
-        base,
-        held_out=held_out,
-        batch_size=settings.batch_size,
-        loss_tokens=settings.loss_tokens or held_out.eval_tokens,
+        transcoders, recipe, base, held_out=held_out, batch_size=settings.batch_size, loss_tokens=loss_tokens
     )
     target = Run(settings.output or (settings.transcoders if run.is_folder else "."))
     on_main(lambda: target.write_evaluation(evaluation))
-    on_main(lambda: print(f"{fit_table(evaluation)}\n\n{loss_table(evaluation)}\n\nwrote {target.folder / EVALUATION}"))
+    tables = [fit_table(evaluation), *([loss_table(evaluation)] if loss_tokens else [])]
+    on_main(lambda: print(*tables, f"wrote {target.folder / EVALUATION}", sep="\n\n"))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from bilinear_tc.train.measuring.sample import Sample
+from bilinear_tc.train.measuring.sample import Sample, others
 
 Map = Callable[[Tensor], Tensor]
 
@@ -54,4 +54,4 @@ def interchanged(sample: Sample, layer: int) -> dict[str, Tensor]:
     own = before - stream[f"into {layer}"]
     if own.any():
         parts[f"attention {layer}"] = own
-    return {name: norm((before - c + sample.others(c)).to(dtype)[None])[0] for name, c in parts.items()}
+    return {name: norm((before - c + others(c)).to(dtype)[None])[0] for name, c in parts.items()}

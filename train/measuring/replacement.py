@@ -41,7 +41,7 @@ class Replacement:
         self.base, self.device = base, base.model.device
         self.groups = [*([transcoder] for transcoder in transcoders), list(transcoders)]
         self.passes = Reentry(base)
-        self._exact: bool | None = None  # whether it can be entered at each block; found out on the first sequence
+        self._exact: bool | None = None  # whether it can be entered at each block; found out on the first few tokens
         # by sequence: summed cross-entropy and KL of the base, of each group replaced and of each averaged; its tokens
         self._sums = [torch.zeros(0, 1 + 2 * len(self.groups), 2, dtype=torch.float64, device=self.device)]
         self._tokens = [torch.zeros(0, dtype=torch.float64, device=self.device)]
@@ -52,7 +52,7 @@ class Replacement:
         ids = batch.input_ids.to(self.device)
         mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(self.device)
         if len(ids) and self._exact is None:
-            self._exact = self.passes.is_exact(ids[:1])
+            self._exact = self.passes.is_exact(ids[:1, :64])
         count = max(1, AT_ONCE // ids.shape[1]) if self._exact else 1
         for part, kept in zip(ids.split(count), mask.split(count), strict=True):
             predicted = kept[:, :-1] & kept[:, 1:]

@@ -69,9 +69,10 @@ class Sample:
         self.inputs, self.outputs = torch.cat(inputs, 1), torch.cat(outputs, 1)
         self.flow = {name: torch.cat([flow[name] for flow in flows]) for name in flows[0]}
 
-    def others(self, tokens: Tensor) -> Tensor:
-        """For each of the tokens [tokens, features] another one, from elsewhere in the sample."""
-        return tokens.roll(-(-len(tokens) // 2), 0)
+
+def others(tokens: Tensor) -> Tensor:
+    """For each of a sample's tokens [tokens, ...] another one, from elsewhere in the sample."""
+    return tokens.roll(-(-len(tokens) // 2), 0)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.measuring.interchange import changes_explained, interchanged
 from bilinear_tc.train.measuring.jacobian import isotropic_probes, jacobian_scores
 from bilinear_tc.train.measuring.low_variance import logit_directions, low_variance_share
-from bilinear_tc.train.measuring.sample import Sample, as_map
+from bilinear_tc.train.measuring.sample import Sample, as_map, others
 from bilinear_tc.train.processes import is_main, process_count, process_index
 
 
@@ -39,10 +39,10 @@ def weight_scores(
         mlp, x = mlps[index], sample.inputs[index]
         maps = (mlp, lambda x, transcoder=transcoder: transcoder(x.float()).float())
         probes = isotropic_probes(x.float(), covariances[index].diagonal().sqrt())
-        differences = (x.float(), sample.others(x).float() - x.float())
+        differences = (x.float(), others(x).float() - x.float())
         cosine, error = jacobian_scores(*maps, *probes, std)
         cosine_data, error_data = jacobian_scores(*maps, *differences, std)
-        halfway = {"": (x + sample.others(x)) / 2}
+        halfway = {"": (x + others(x)) / 2}
         fits = head is not None and head.weight.shape[1] == transcoder.config.n_outputs
         scores[index] = {
             "jacobian_cosine": cosine,
