@@ -218,6 +218,7 @@ def imported_recipe(checkpoints: Sequence[Checkpoint], settings: ImportSettings)
     known = first.settings or known_settings(first, settings)
     recipe = {
         **{field.name: known[field.name] for field in fields(Recipe) if field.name in known},
+        "mlp_path": None,  # the settings hold the layer's own
         "base": first.config.base_model,
         "base_revision": first.config.base_revision,
         "layers": ",".join(str(checkpoint.layer) for checkpoint in checkpoints),

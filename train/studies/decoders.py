@@ -223,15 +223,15 @@ def run_commands(name: str, start: str, folder: Path) -> str | None:
         ("train/evaluate.py", f"--transcoders={run}"),
         ("upload/publish.py", str(run), "--repo_id=tester/decoder", "--dry_run"),
     ):
-        said = io.StringIO()
-        arguments, sys.argv = sys.argv, [script, *arguments]
+        said, given_here = io.StringIO(), sys.argv
+        sys.argv = [script, *arguments]
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(said):
                 runpy.run_path(str(REPOSITORY_ROOT / script), run_name="__main__")
         except SystemExit:
             return f"{script}: {said.getvalue().strip().splitlines()[-1]}"
         finally:
-            sys.argv = arguments
+            sys.argv = given_here
     return None if (run / "repository" / "README.md").is_file() else "no card"
 
 
@@ -271,10 +271,13 @@ class StudySettings:
 
 def main() -> None:
     only = parse_settings(StudySettings).only
+    names = only.split(",") if only else known()
+    if unknown := {*names} - {*known()}:
+        raise UserError(f"--only must name decoders among {', '.join(known())}, got {', '.join(sorted(unknown))}")
     transformers.logging.set_verbosity_error()
     rows: dict[tuple[str, str, str, str], list[tuple[str, float]]] = defaultdict(list)
     refused = []
-    for name in only.split(",") if only else known():
+    for name in names:
         try:
             found = examine(name)
         except UserError as error:
@@ -285,9 +288,9 @@ def main() -> None:
         rows[f"`{found.site}`", start, exact, done].append((name, found.error or 0.0))
     print("| MLP in a layer | decoders | start, largest difference | captured, spliced | fit, evaluate, card |")
     print("| --- | --- | --- | --- | --- |")
-    for (site, start, exact, done), names in sorted(rows.items(), key=lambda row: row[0][1]):
-        difference = f", {max(error for _, error in names):.0e}" if start == "closed form" else ""
-        print(f"| {site} | {', '.join(name for name, _ in names)} | {start}{difference} | {exact} | {done} |")
+    for (site, start, exact, done), alike in sorted(rows.items(), key=lambda row: row[0][1]):
+        difference = f", {max(error for _, error in alike):.0e}" if start == "closed form" else ""
+        print(f"| {site} | {', '.join(name for name, _ in alike)} | {start}{difference} | {exact} | {done} |")
     print("\n| refused | why |\n| --- | --- |", *refused, sep="\n")
 
 
