@@ -153,10 +153,11 @@ def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, in
     one_to_one = len(tensors) == 1 and isinstance(output, Tensor) and tensors[0].shape[:-1] == output.shape[:-1]
     if not one_to_one or output.shape[:-1] not in (SHORT, (math.prod(SHORT),)) or len(entered) > 1:
         came = f"a tensor of shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        times = f", {len(entered)} times" if len(entered) > 1 else ""
         raise UserError(
             f"{path_of(ends)} ({type(leave).__name__}) cannot be fitted: expected a map of one tensor [sequences, "
-            f"tokens, width] to one, run once a pass, got {len(tensors)} tensors in and {came} out, "
-            f"{len(entered)} times; choose other layers with --layers, or another module with --mlp_path"
+            f"tokens, width] to one, run once a pass, got {len(tensors)} tensors in and {came} out{times}, from "
+            f"{SHORT[0]} sequences of {SHORT[1]}; choose other layers with --layers, or another module with --mlp_path"
         )
     return tensors[0].shape[-1], output.shape[-1]
 
