@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class QuickstartRun:
 def run_quickstart(folder: Path) -> QuickstartRun:
     program, *arguments = COMMAND.split()
     command = [Path(sys.executable).with_name(program), *arguments, "--output_dir", folder]
-    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return QuickstartRun(folder, finished.stdout)
