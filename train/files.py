@@ -105,7 +105,7 @@ def written_whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 os.replace(file, target / file.name)
             synced(target)
         else:
-            if target.is_dir():
+            if target.is_dir() and not target.is_symlink():  # a file in its place is not ours
                 os.rename(target, aside)
             os.rename(scratch, target)
             synced(target.parent)
