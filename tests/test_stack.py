@@ -9,12 +9,13 @@ import torch
 import torch._dynamo
 
 from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting import fitter
 from bilinear_tc.train.fitting.fitter import choose_micro_batch_size, make_optimizers, make_transcoders
 from bilinear_tc.train.fitting.muon import Muon
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.fitting.tangents import Tangents
-from bilinear_tc.train.massive import median_norm
+from bilinear_tc.train.massive import massive, median_norm, row_weights
 from bilinear_tc.train.moments import Moments
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch
@@ -129,10 +130,9 @@ def test_a_direction_depends_on_the_step_and_the_rows_place_in_the_global_batch_
         alone.begin(step, SimpleNamespace(rows=22, x=x[None], y=y[None]))
         whole = [alone.draw(0, x[alone.rows], ones, ones)[0] for _layer in (0, 1)]
         for rank, rows in enumerate((x[:9], x[9:])):
-            monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_count", lambda: 2)
             monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_index", lambda rank=rank: rank)
             monkeypatch.setattr(
-                "bilinear_tc.train.fitting.tangents.sum_over_processes", lambda _: torch.tensor([9.0, 13.0])
+                "bilinear_tc.train.fitting.tangents.gather_over_processes", lambda _: torch.tensor([9, 13])
             )
             share = Tangents(neox, 0, torch.float32)
             share.mlps = alone.mlps
@@ -160,6 +160,22 @@ def test_a_massive_row_has_no_part_in_the_statistics_and_counts_by_its_relative_
     assert outputs.count.flatten().tolist() == [40, 39, 40]
     torch.testing.assert_close(outputs.mean[1].float(), y[others].mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inputs.std[1].float(), activations.x[1][others].std(0, correction=0), rtol=1e-4, atol=0)
+
+
+def test_in_a_layer_whose_typical_output_is_nothing_no_row_is_massive():
+    y = torch.zeros(1, 9, 4)
+    y[0, :2] = 3.0
+    assert median_norm(y) == 0
+    assert torch.equal(row_weights(y, median_norm(y)), torch.ones(1, 9))
+    assert not massive(y, median_norm(y)).any()
+
+
+def test_a_state_that_knows_no_massive_rows_is_refused(neox):
+    stack = Stack(make_transcoders(Recipe(init="random"), neox, CPU), dtype=torch.float32)
+    state = stack.state_dict()
+    del state["median_norm"]
+    with pytest.raises(UserError, match=r"earlier version.*--no_resume"):
+        stack.load_state_dict(state)
 
 
 def test_layers_are_views_of_the_stack_and_gradients_do_not_add_up_over_steps(neox):

@@ -20,12 +20,17 @@ RULE = (
 
 def massive(y: Tensor, median: Tensor) -> Tensor:
     """Which rows of y [..., rows, features] are massive [..., rows], given the median norm [...] of a row."""
-    return norms(y) > TIMES * median.unsqueeze(-1)
+    return norms(y) > limit(median)
 
 
 def row_weights(y: Tensor, median: Tensor) -> Tensor:
     """What each row of y [..., rows, features] counts in a loss [..., rows]: 1, or if massive (limit / norm)²."""
-    return (TIMES * median.unsqueeze(-1) / norms(y)).square().clamp(max=1)
+    return (limit(median) / norms(y)).square().clamp(max=1)
+
+
+def limit(median: Tensor) -> Tensor:
+    """The norm [..., 1] above which a row is massive; none is in a layer whose typical output [...] is nothing."""
+    return (TIMES * median).where(median > 0, torch.inf).unsqueeze(-1)
 
 
 def median_norm(y: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class Run:
         differing = [
             f"{name} was {before.get(name)}, is {value}"
             for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before.get(name) != value
+            if name not in FREE_SETTINGS and before.get(name, getattr(Recipe, name)) != value  # as before it existed
         ]
         if differing:
             raise UserError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
 from bilinear_tc.train.fitting.tangents import Tangents
 from bilinear_tc.train.massive import median_norm
@@ -141,6 +142,9 @@ class Stack:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from a state; UserError if an earlier version, which knew no massive rows, has written it."""
+        if "median_norm" not in state:
+            raise UserError("an earlier version has written the checkpoint: start anew with --no_resume")
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["parameters"][name])
         self.inputs = Moments(**state["inputs"]).to(self.device)
