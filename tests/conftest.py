@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from accelerate import Accelerator
 from bases import tiny_llama, tiny_neox, write_base
 from fitting import TinyFit, write_text
 from forking import ForkServer
+from hub_server import HubServer
+from publishing import Publisher
 from quickstart import QuickstartRun, run_quickstart
 
 from bilinear_tc.train.base import Base
@@ -26,6 +29,18 @@ def _same_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+        assert not server.leaks, "a token went to the storage host"
+
+
+@pytest.fixture
+def publisher(fork_server: ForkServer, hub: HubServer, tmp_path: Path) -> Publisher:
+    return Publisher(fork_server, hub, tmp_path / "home")
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from forking import ForkServer
 from hub_server import HubServer
 from publishing import Publisher
 from tiny_run import write_tiny_run
@@ -17,17 +15,6 @@ from bilinear_tc.upload.stamp import stamped, writer_of
 
 REPO = "tester/set"
 MINE = "---\nlicense: mit\n---\n\n# Mine\n\nWords of my own.\n"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        yield server
-
-
-@pytest.fixture
-def publisher(fork_server: ForkServer, hub: HubServer, tmp_path: Path) -> Publisher:
-    return Publisher(fork_server, hub, tmp_path / "home")
 
 
 @pytest.fixture

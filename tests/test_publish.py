@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -39,18 +39,6 @@ from bilinear_tc.upload.repository import LAYOUT, UnfitRun, build_repository, ch
 REPO = "tester/set"
 OVER = {"dirs_exist_ok": True}
 LAYER_FILES = {"config.json", "model.safetensors", "config.yaml", "history.parquet"}
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        yield server
-        assert not server.leaks, "a token went to the storage host"
-
-
-@pytest.fixture
-def publisher(fork_server: ForkServer, hub: HubServer, tmp_path: Path) -> Publisher:
-    return Publisher(fork_server, hub, tmp_path / "home")
 
 
 @pytest.fixture

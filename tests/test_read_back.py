@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from forking import ForkServer
 from hub_server import HubServer
 from loading import load_in_fresh_process, saved_output
 from publishing import Publisher
@@ -22,17 +20,6 @@ from bilinear_tc.upload.publish import Publication
 from bilinear_tc.upload.repository import build_repository, check_publishable
 
 REPO = "tester/set"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
-        yield server
-
-
-@pytest.fixture
-def publisher(fork_server: ForkServer, hub: HubServer, tmp_path: Path) -> Publisher:
-    return Publisher(fork_server, hub, tmp_path / "home")
 
 
 @pytest.fixture
