@@ -25,7 +25,6 @@ from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import open_batches, open_held_out
 
 MICRO_BATCH_SIZE = 32  # sequences that the base runs on at once
-AFFINE_ROWS = 100  # for each input that an affine map is solved on: another percent of error, at most
 
 
 def measure_held_out(
@@ -62,7 +61,7 @@ def measure_held_out(
     device = base.model.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype)
-    solved_on = -(-min(recipe.init_tokens, AFFINE_ROWS * base.n_inputs) // (recipe.batch_size * recipe.seq_len))
+    solved_on = -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))  # fewer would flatter what is compared
     with open_batches(recipe, base.tokenizer, device) as text:
         affine = solve_affine(
             transcoders, shown(text, solved_on, "affine maps to compare with"), activations, MICRO_BATCH_SIZE
