@@ -57,8 +57,8 @@ def low_variance_share(transcoder: BilinearTC, covariance: Tensor, directions: T
     """
     variances, vectors = torch.linalg.eigh(covariance)
     tail = vectors[:, variances.cumsum(0) <= TAIL * variances.sum()]
-    tops = [transcoder.spectrum(u).eigenvectors[:, :EIGENVECTORS].to(tail) for u in directions]
-    return (tail.T @ torch.cat(tops, 1)).square().sum(0).mean().item()
+    tops = transcoder.spectrum(directions, EIGENVECTORS, metric="euclidean").eigenvectors.to(tail)
+    return (tail.T @ tops).square().sum(-2).mean().item()
 
 
 def logit_directions(head: Tensor) -> Tensor:
