@@ -326,8 +326,9 @@ class BilinearTC(PreTrainedModel):
         folded.load_state_dict(state, assign=True)
         return folded.train(self.training)
 
-    # Reading the weights. Each result is computed in float64 and returned in the dtype of the weights, or float32 if
-    # that is wider. ValueError if a direction is of another width, or the weights are quantized.
+    # Reading the weights. Each result is computed in float64 (a few eigenvalues of a wide layer: in the dtype of the
+    # weights) and returned in the dtype of the weights, or float32 if that is wider. ValueError if a direction is of
+    # another width, or the weights are quantized.
 
     @torch.no_grad()
     def quadratic_form(
@@ -420,7 +421,8 @@ class BilinearTC(PreTrainedModel):
                 order = all_values.abs().argsort(descending=True, stable=True)[:k]
                 each.append((all_values[order], all_vectors[:, order], *rest))
             values, vectors, linear, constant, moved = (torch.stack(part) for part in zip(*each, strict=True))
-        vectors = (inverse[:, None] * vectors if inverse.ndim == 1 else inverse @ vectors) / weights.std[:, None]
+        rows = vectors.mT * inverse if inverse.ndim == 1 else vectors.mT @ inverse.T  # in one product of matrices
+        vectors = (rows / weights.std).mT
         leading = direction.shape[:-1]
 
         def share() -> Tensor:
@@ -753,11 +755,9 @@ class _Weights:
         last, factors = tc._last_map, [getattr(tc, name) if name else None for name in tc.config.factors]
         shape = (tc.config.n_hidden, tc.config.n_inputs)
         ones = last.weight.detach().new_ones(1, 1).expand(shape)  # the sum of the inputs, for every unit
-        # as the model has them, for iterations, and in float64
         self.maps = [_on_float64_device(_widened(ones if map is None else map.weight.detach())) for map in factors]
-        self.left, self.right = map(_float64, self.maps)
         self.left_bias, self.right_bias = (
-            self.left.new_zeros(len(self.left)) if map is None or map.bias is None else _float64(map.bias.detach())
+            _float64(last.weight.detach()[0] * 0 if map is None or map.bias is None else map.bias.detach())
             for map in factors
         )
         self.mean, self.std, output_mean, output_std = (_float64(getattr(tc, name)) for name in STATISTICS)
@@ -766,6 +766,14 @@ class _Weights:
         self.correlation = _float64(tc.input_correlation) if tc.config.input_correlation else None
         if tc.config.input_norm is not None:
             self.norm_weight, self.norm_bias = _float64(tc.norm_weight), _float64(tc.norm_bias)
+
+    @cached_property
+    def left(self) -> Tensor:
+        return _float64(self.maps[0])
+
+    @cached_property
+    def right(self) -> Tensor:
+        return _float64(self.maps[1])
 
     def are_of(self, tc: BilinearTC) -> bool:
         now = _state(tc)
@@ -827,26 +835,21 @@ class _Weights:
     def top(self, u: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest eigenvalues by magnitude [directions, k] and eigenvectors [directions, n_inputs, k] of FᵀQF.
 
-        Lanczos iterations in the model's own dtype find the subspace, and its own small problem is solved in float64.
-
         Args:
             u: output directions [directions, n_outputs].
             scale: F [n_inputs, n_inputs], or a diagonal [n_inputs].
         """
-        g = (u @ self.head).unsqueeze(1)
+        left, right = self.maps
+        f, g = scale.to(left.dtype), (u @ self.head).to(left.dtype)
 
-        def apply(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:  # rows [directions, any, n_inputs]
-            f, weight = scale.to(rows.dtype), g.to(rows.dtype)
+        def apply(rows: Tensor) -> Tensor:  # [directions, n_inputs]
             z = rows * f if f.ndim == 1 else rows @ f.T
-            image = ((weight * (z @ right.T)) @ left + (weight * (z @ left.T)) @ right) / 2
-            return image * f if f.ndim == 1 else image @ f
+            image = (g * (z @ right.T)) @ left + (g * (z @ left.T)) @ right
+            return (image * f if f.ndim == 1 else image @ f) / 2
 
-        start = torch.randn(len(u), len(self.std), generator=torch.Generator().manual_seed(0)).to(self.maps[0])
-        rough = _lanczos(lambda rows: apply(rows, *self.maps), start, k)
-        basis = torch.linalg.qr(rough.double().mT).Q
-        values, rotation = torch.linalg.eigh(_symmetric(apply(basis.mT, self.left, self.right) @ basis))
-        order = values.abs().argsort(dim=-1, descending=True, stable=True)
-        return values.gather(-1, order), basis @ rotation.gather(-1, order.unsqueeze(-2).expand_as(rotation))
+        start = torch.randn(len(u), len(self.std), generator=torch.Generator().manual_seed(0))
+        values, vectors = _lanczos(apply, start.to(left), k)
+        return values.double(), vectors.double()
 
     def shares(self, u: Tensor, values: Tensor, vectors: Tensor, z: Tensor, gauge: str | None) -> Tensor:
         """`Spectrum.share` [k] of one output direction's terms λ [k], v [n_inputs, k] about z."""
@@ -919,13 +922,14 @@ def _transposed_times(f: Tensor, matrix: Tensor) -> Tensor:
     return f[:, None] * matrix if f.ndim == 1 else f.T @ matrix
 
 
-def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Tensor:
-    """Approximate eigenvectors [directions, k, n] of the largest eigenvalues by magnitude, of one operator a direction.
+def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k eigenvalues of largest magnitude [directions, k], and eigenvectors [directions, n, k], of symmetric maps.
 
-    Lanczos iterations with full reorthogonalization, until the residuals are below the rounding of their squares.
+    Lanczos iterations with full reorthogonalization, until the residuals are so small that their squares, which the
+    eigenvalues' errors are of the size of, are below rounding.
 
     Args:
-        apply: the operators, of [directions, 1, n].
+        apply: one operator a direction, on [directions, n].
         start: random [directions, n].
     """
     directions, n = start.shape
@@ -944,23 +948,23 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Tensor
         if m > basis.shape[1]:
             basis = torch.cat([basis, torch.empty_like(basis)], 1)
         basis[:, m - 1] = row / row.norm(dim=-1, keepdim=True)
-        image = apply(basis[:, m - 1 : m]).squeeze(1)
+        image = apply(basis[:, m - 1])
         diagonal.append((image * basis[:, m - 1]).sum(-1))
         row = orthogonal(image, m)
         size = torch.maximum(size, image.norm(dim=-1))
         ended = row.norm(dim=-1) <= 10 * eps * size  # what was reached is a whole of its own: go on elsewhere
         off_diagonal.append(torch.where(ended, 0, row.norm(dim=-1)))
-        if m == n or (m % 8 == 0 and m >= 2 * k):
-            off = torch.diag_embed(torch.stack(off_diagonal[:-1], -1), 1)
+        if m == n or (m % 4 == 0 and m >= 2 * k):
+            off = torch.diag_embed(torch.stack(off_diagonal, -1)[:, :-1], 1)
             values, vectors = torch.linalg.eigh((torch.diag_embed(torch.stack(diagonal, -1)) + off + off.mT).double())
             order = values.abs().argsort(dim=-1, descending=True)[:, :k]
-            vectors = vectors.gather(-1, order.unsqueeze(1).expand(-1, m, -1))
+            vectors, values = vectors.gather(-1, order.unsqueeze(1).expand(-1, m, -1)), values.gather(-1, order)
             residual = off_diagonal[-1].unsqueeze(-1) * vectors[:, -1].abs()
-            if m == n or (residual <= eps ** (2 / 3) * values.abs().amax(-1, keepdim=True)).all():
+            if m == n or (residual <= eps**0.5 * values[:, :1].abs()).all():
                 break
         if ended.any():
             row = torch.where(ended[:, None], orthogonal(torch.randn_like(row), m), row)
-    return vectors.mT.to(basis) @ basis[:, :m]
+    return values, (vectors.mT.to(basis) @ basis[:, :m]).mT
 
 
 def read_norm(module: nn.Module, width: int) -> Norm | None:
