@@ -49,6 +49,7 @@ START = "start"  # the layers as the fit began with them, among the checkpoints
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
+UNRECORDED = {"max_steps": 0, "jvp": 0.0}  # what a recipe.yaml means that does not name them
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -103,7 +104,7 @@ class Run:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
         settings = self.recipe_settings
         try:
-            return Recipe(**{"max_steps": 0, **settings})
+            return Recipe(**{**UNRECORDED, **settings})
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
@@ -253,11 +254,11 @@ class Run:
             )
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
             return
-        before = self.recipe_settings
+        before = self.recipe.to_dict()
         differing = [
-            f"{name} was {before.get(name)}, is {value}"
+            f"{name} was {before[name]}, is {value}"
             for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before.get(name, getattr(Recipe, name)) != value  # as before it existed
+            if name not in FREE_SETTINGS and before[name] != value
         ]
         if differing:
             raise UserError(
