@@ -65,7 +65,7 @@ def row(name: str, evaluation: Evaluation) -> str:
     layers = evaluation.layers.values()
     lowest = [min(getattr(scores, of) for scores in layers) for of in ("jacobian_cosine", "interchange_worst")]
     means = [evaluation.mean(of) for of in ("fvu", "fvu_ordinary", "jacobian_cosine", "interchange_mean")]
-    rise = evaluation.all_layers.ce_increase
+    rise = getattr(evaluation.all_layers, "ce_increase", float("nan"))
     cells = [f"{means[0]:.4f}", f"{means[1]:.4f}", f"{means[2]:.3f}", f"{lowest[0]:.3f}", f"{means[3]:.3f}"]
     return " | ".join([f"| {name}", *cells, f"{lowest[1]:.3f}", f"{rise:.4f} |"])
 
