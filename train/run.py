@@ -5,6 +5,7 @@ This file alone knows what a run's files are called and what they hold. `files.p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tempfile
@@ -48,6 +49,7 @@ CHECKPOINTS = "checkpoints"
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
+BOS_BEFORE = "none"  # of runs from before it was a setting
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -100,9 +102,8 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
-        settings = self.recipe_settings
         try:
-            return Recipe(**{"max_steps": 0, **settings})
+            return Recipe(**{"max_steps": 0, "bos": BOS_BEFORE, **self.recipe_settings})
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
@@ -242,8 +243,11 @@ class Run:
                 "permission; name another with --output_dir"
             ) from error
 
-    def check_continuable(self, recipe: Recipe) -> None:
-        """Raises UserError, naming the settings that differ, if the run was begun with a recipe of other results."""
+    def continued(self, recipe: Recipe) -> Recipe:
+        """The recipe to go on with, or to begin: `bos` stays what it was, where the recipe leaves it open.
+
+        UserError, naming the settings that differ, if the run was begun with a recipe of other results.
+        """
         layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
         if not recipe.resume and self.is_finished and not recipe.overwrite:
             raise UserError(
@@ -251,8 +255,10 @@ class Run:
                 "add --overwrite"
             )
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
-            return
-        before = self.recipe_settings
+            return recipe
+        before = {"bos": BOS_BEFORE, **self.recipe_settings}
+        if recipe.bos == "auto":
+            recipe = dataclasses.replace(recipe, bos=before["bos"])
         differing = [
             f"{name} was {before.get(name)}, is {value}"
             for name, value in recipe.to_dict().items()
@@ -268,6 +274,7 @@ class Run:
                 f"{self.folder} holds layers that are not fitted to the end, and no checkpoint to resume from: name "
                 "another --output_dir, or --no_resume to start it anew"
             )
+        return recipe
 
     @property
     def exported_step(self) -> int | None:
