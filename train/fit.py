@@ -37,6 +37,7 @@ from bilinear_tc.train.processes import (
 )
 from bilinear_tc.train.recipe import Recipe, parse_recipe
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
+from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches, settled_bos
 
@@ -67,6 +68,7 @@ def fit(recipe: Recipe) -> None:
             accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
             fit_layers(place, recipe, base, accelerator)
             if recipe.eval_split is not None:
+                keep_the_better(place, recipe, base, accelerator.device)
                 transcoders = [place.load(layer).float().to(accelerator.device) for layer in base.layers]
                 evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size)
                 on_main(lambda: place.write_evaluation(evaluation))
@@ -117,8 +119,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
         progress = Progress(recipe.max_steps, len(base.layers))
         checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})
 
-        def export() -> None:
-            on_main(lambda: export_layers(run, recipe, fitter, progress, batches.skipped))
+        def export(to: Run = run) -> None:
+            on_main(lambda: export_layers(to, recipe, fitter, progress, batches.skipped))
 
         def save() -> None:
             check_sound(fitter, progress.steps)
@@ -133,6 +135,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
             if recipe.init == "mlp":
                 progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
             save()
+        if recipe.init == "mlp" and progress.steps == 0 < recipe.max_steps:
+            export(start_of(run))
 
         title, total = f"fitting {len(base.layers)} layers", recipe.max_steps
         bar = tqdm(desc=title, initial=progress.steps, total=total, unit="step", disable=not is_main())
@@ -237,7 +241,7 @@ def print_result(run: Run, recipe: Recipe) -> None:
     if recipe.eval_split is None or run.evaluation is None:
         print(f"fitted {len(run.layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        print(fit_table(run.evaluation))
+        print(fit_table(run.evaluation, {layer: run.settings(layer)["fit"] for layer in run.layers}))
     if skipped := run.settings(run.layers[0]).get("fit", {}).get("skipped_rows"):
         print(f"rows of the text that were left out, for they held none or could not be read: {skipped}")
     print(

@@ -46,10 +46,11 @@ EVALUATION = "evaluation.json"
 CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config.yaml", "history.parquet"
 LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
+START = "start"  # the layers as the fit began with them, among the checkpoints
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
-BOS_BEFORE = "none"  # of runs from before it was a setting
+UNRECORDED = {"max_steps": 0, "jvp": 0.0, "bos": "none"}  # what a recipe.yaml means that does not name them
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -103,7 +104,7 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
         try:
-            return Recipe(**{"max_steps": 0, "bos": BOS_BEFORE, **self.recipe_settings})
+            return Recipe(**{**UNRECORDED, **self.recipe_settings})
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
@@ -256,13 +257,13 @@ class Run:
             )
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
             return recipe
-        before = {"bos": BOS_BEFORE, **self.recipe_settings}
+        before = self.recipe.to_dict()
         if recipe.bos == "auto":
             recipe = dataclasses.replace(recipe, bos=before["bos"])
         differing = [
-            f"{name} was {before.get(name)}, is {value}"
+            f"{name} was {before[name]}, is {value}"
             for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before.get(name, getattr(Recipe, name)) != value  # as before it existed
+            if name not in FREE_SETTINGS and before[name] != value
         ]
         if differing:
             raise UserError(
@@ -324,7 +325,8 @@ class Run:
         files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
         for file in [*files, *self.folder.glob(f"{CHECKPOINTS}/step_*.pt")]:
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / CHECKPOINTS / LOGS, ignore_errors=True)
+        for name in (LOGS, START):
+            shutil.rmtree(self.folder / CHECKPOINTS / name, ignore_errors=True)
         for folder in [*folders, self.folder / CHECKPOINTS]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -351,16 +353,20 @@ class Run:
                 (self.folder / void).unlink(missing_ok=True)
             for transcoder, history in zip(transcoders, histories, strict=True):
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
-            folders = [self.layer_folder(transcoder.config.layer_index) for transcoder in transcoders]
-            hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
-            with written_whole(self.folder) as scratch:
-                write_json({"step": facts["steps"], "sha256": hashes}, scratch / EXPORTED)
+            self.note_export(facts["steps"])
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
                 f"the layers could not all be written to {self.folder} ({reason}): those that are there "
                 "are whole, and so are the checkpoints; make room on the disk and run the same command to resume"
             ) from error
+
+    def note_export(self, step: int) -> None:
+        """Writes down that all layers stand at a step, and what their files are."""
+        folders = [self.layer_folder(layer) for layer in self.layers]
+        hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
+        with written_whole(self.folder) as scratch:
+            write_json({"step": step, "sha256": hashes}, scratch / EXPORTED)
 
     def write_layer(self, transcoder: BilinearTC, history: History, settings: dict[str, Any]) -> None:
         """Writes one layer's folder: the model, its settings for a reader, and its history."""
