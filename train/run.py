@@ -245,10 +245,8 @@ class Run:
             ) from error
 
     def continued(self, recipe: Recipe) -> Recipe:
-        """The recipe to go on with, or to begin: `bos` stays what it was, where the recipe leaves it open.
-
-        UserError, naming the settings that differ, if the run was begun with a recipe of other results.
-        """
+        """The recipe to go on with, or begin: it leaves an open `bos` to the run. UserError, naming the settings that
+        differ, if the run was begun with a recipe of other results."""
         layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
         if not recipe.resume and self.is_finished and not recipe.overwrite:
             raise UserError(
@@ -260,11 +258,8 @@ class Run:
         before = self.recipe.to_dict()
         if recipe.bos == "auto":
             recipe = dataclasses.replace(recipe, bos=before["bos"])
-        differing = [
-            f"{name} was {before[name]}, is {value}"
-            for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before[name] != value
-        ]
+        now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
+        differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
         if differing:
             raise UserError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
