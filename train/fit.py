@@ -7,6 +7,7 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -38,7 +39,7 @@ from bilinear_tc.train.recipe import Recipe, parse_recipe
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
-from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
+from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches, settled_bos
 
 CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried before they are saved
 
@@ -56,10 +57,11 @@ def fit(recipe: Recipe) -> None:
         on_main(lambda: held.enter_context(locked(run.folder)))
         on_main(lambda: take_over(run.folder))
         place = Run(on_main(lambda: workplace(run, recipe).folder))
-        on_main(lambda: place.check_continuable(recipe))
+        recipe = on_main(lambda: place.continued(recipe))
         if not on_main(lambda: is_finished(place, recipe)):
             on_main(lambda: check_text(recipe))
             base = Base.of_recipe(recipe, accelerator.device)
+            recipe = dataclasses.replace(recipe, bos=settled_bos(recipe, base.tokenizer))  # as the run tells
             recipe.n_hidden(base.n_inputs)
             base.stop_after_last_layer()
             on_main(lambda: place.begin(recipe))

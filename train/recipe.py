@@ -108,6 +108,11 @@ class Recipe:
         "Fill sequences with text, with an eos between documents. --no_pack cuts each document to one sequence "
         "and leaves its padding out of every statistic.",
     )
+    bos: str = option(
+        "auto",
+        "What each sequence starts with: auto, whatever the tokenizer puts before a text; none; or a token's id. A run "
+        "goes on, and is measured, with what it was begun with.",
+    )
     shuffle_buffer: int = option(
         16384, "Sequences that are held back and drawn from at random. 0: the text's own order."
     )
@@ -134,8 +139,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses impossible values: UserError, with the field, what was expected and what came."""
-        if type(self.layers) is int:  # what YAML makes of `layers: 3`
-            self.layers = str(self.layers)
+        for name in ("layers", "bos"):
+            if type(getattr(self, name)) is int:  # what YAML makes of `layers: 3`
+                setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
         for name in ("base", "dataset", "eval_split", "output_dir"):
@@ -172,6 +178,8 @@ class Recipe:
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if from_mlp and not self.bias:
             raise UserError("init mlp needs biases, which carry its units' linear parts; without, use --init random")
+        if not re.fullmatch(r"auto|none|\d+(,\d+)*", self.bos):
+            raise UserError(f"bos must be auto, none or a token's id, got {self.bos!r}")
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:

@@ -5,6 +5,7 @@ This file alone knows what a run's files are called and what they hold. `files.p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tempfile
@@ -49,7 +50,7 @@ START = "start"  # the layers as the fit began with them, among the checkpoints
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
-UNRECORDED = {"max_steps": 0, "jvp": 0.0}  # what a recipe.yaml means that does not name them
+UNRECORDED = {"max_steps": 0, "jvp": 0.0, "bos": "none"}  # what a recipe.yaml means that does not name them
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -102,9 +103,8 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
-        settings = self.recipe_settings
         try:
-            return Recipe(**{**UNRECORDED, **settings})
+            return Recipe(**{**UNRECORDED, **self.recipe_settings})
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
@@ -244,8 +244,9 @@ class Run:
                 "permission; name another with --output_dir"
             ) from error
 
-    def check_continuable(self, recipe: Recipe) -> None:
-        """Raises UserError, naming the settings that differ, if the run was begun with a recipe of other results."""
+    def continued(self, recipe: Recipe) -> Recipe:
+        """The recipe to go on with, or begin: it leaves an open `bos` to the run. UserError, naming the settings that
+        differ, if the run was begun with a recipe of other results."""
         layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
         if not recipe.resume and self.is_finished and not recipe.overwrite:
             raise UserError(
@@ -253,13 +254,12 @@ class Run:
                 "add --overwrite"
             )
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
-            return
+            return recipe
         before = self.recipe.to_dict()
-        differing = [
-            f"{name} was {before[name]}, is {value}"
-            for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before[name] != value
-        ]
+        if recipe.bos == "auto":
+            recipe = dataclasses.replace(recipe, bos=before["bos"])
+        now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
+        differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
         if differing:
             raise UserError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
@@ -270,6 +270,7 @@ class Run:
                 f"{self.folder} holds layers that are not fitted to the end, and no checkpoint to resume from: name "
                 "another --output_dir, or --no_resume to start it anew"
             )
+        return recipe
 
     @property
     def exported_step(self) -> int | None:
