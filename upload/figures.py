@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -20,7 +20,7 @@ from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
-from bilinear_tc.upload.tables import best_and_hardest, format_fvu, headline, layer_ranges
+from bilinear_tc.upload.tables import best_and_hardest, format_fvu, fvu_words, headline, layer_ranges
 
 FIGURES = "figures"
 COMPARISON = "all_layers_comparison.png"
@@ -91,11 +91,11 @@ def described_figures(run: Run) -> Iterator[dict[str, str]]:
     scores, affine = run.scores, run.scores.mean("fvu_linear")
     fvu, (best, hardest) = scores.values(headline(scores)), best_and_hardest(scores)
     ordinary = headline(scores) != "fvu"
-    measured = f"{origin(scores)} FVU" + " on ordinary tokens and on all" * ordinary
+    measured, name = f"{origin(scores)} FVU" + " on ordinary tokens and on all" * ordinary, fvu_words(scores)
     extent = (
-        f"FVU{' on ordinary tokens' * ordinary} runs from {format_fvu(fvu[best])} at layer {best} to {format_fvu(fvu[hardest])} at layer {hardest}"
+        f"{name} runs from {format_fvu(fvu[best])} at layer {best} to {format_fvu(fvu[hardest])} at layer {hardest}"
         if best != hardest
-        else f"FVU{' on ordinary tokens' * ordinary} is {format_fvu(fvu[best])} at layer {best}"
+        else f"{name} is {format_fvu(fvu[best])} at layer {best}"
     )
     average = " on average" if len(fvu) > 1 else ""
     beside = f"; the best affine map's is {format_fvu(affine)}{average}" if affine is not None else ""
@@ -141,8 +141,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def comparison(scores: Evaluation) -> Figure:
-    """FVU (log scale) and variance explained of every layer, on ordinary tokens and on all if both are known, beside the
-    best affine map's if that is."""
+    """FVU (log scale) and variance explained by layer, on ordinary and on all tokens, beside the best affine map's, as
+    far as they are known."""
     figure = Figure(figsize=(6.75, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
     on_all, affine = scores.values("fvu"), scores.values("fvu_linear")
@@ -153,7 +153,9 @@ def comparison(scores: Evaluation) -> Figure:
     draw_layers(left, lines)
     left.set(yscale="log", ylabel=f"{origin(scores)} FVU")
     log_ticks(left)
-    explained = {name: ({layer: 100 * (1 - v) for layer, v in fvu.items()}, look) for name, (fvu, look) in lines.items()}
+    explained = {
+        name: ({layer: 100 * (1 - v) for layer, v in fvu.items()}, look) for name, (fvu, look) in lines.items()
+    }
     draw_layers(right, explained)
     right.set(ylabel=f"{origin(scores)}\nvariance explained (%)", ylim=(None, 100))
     handles, labels = left.get_legend_handles_labels()
@@ -182,8 +184,10 @@ def derivatives(scores: Evaluation) -> Figure:
         right.set_yticks([tick for tick in (*below, -1, -0.5, 0, 0.5, 1) if tick >= low], minor=False)
         right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         right.yaxis.set_minor_locator(NullLocator())
-    for axes, side in zip((left, *rest), ("left", "right"), strict=False):
-        figure.legend(*axes.get_legend_handles_labels(), loc=f"outside upper {side}", ncols=2, handlelength=2.8)
+    sides: list[Literal["outside upper left", "outside upper right"]] = ["outside upper left", "outside upper right"]
+    for axes, side in zip((left, *rest), sides, strict=False):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=side, ncols=2, handlelength=2.8)
     return figure
 
 
@@ -196,7 +200,8 @@ def draw_layers(axes: Axes, lines: Lines, mean: bool = True) -> None:
             axes.plot(*with_gaps(values), label=name, markersize=size, clip_on=False, **look)
     if mean and len(first) > 1:
         height = float(np.mean(list(first.values())))
-        axes.axhline(height, color="#404040", linewidth=0.8, linestyle=":", label=f"mean, {next(iter(lines))}", zorder=1)
+        name = f"mean, {next(iter(lines))}"
+        axes.axhline(height, color="#404040", linewidth=0.8, linestyle=":", label=name, zorder=1)
     layers = {layer for values, _ in lines.values() for layer in values}
     axes.set(xlabel="Layer", xlim=(min(layers) - 0.7, max(layers) + 0.7))
     if len(layers) <= 12:

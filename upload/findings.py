@@ -15,11 +15,11 @@ from bilinear_tc.upload.tables import (
     format_nats,
     format_percent,
     format_range,
+    fvu_words,
     headline,
     layer_ranges,
     like_layers,
 )
-
 
 # A cosine below this leaves, at any scale, more than half of the derivative's squared norm unexplained: 1 − cosine².
 LOW_COSINE = 0.5**0.5
@@ -36,11 +36,6 @@ def findings(scores: Evaluation) -> list[str]:
     return [s for s in (*sentences, by_position(scores), loss_one(scores), loss_all(scores)) if s]
 
 
-def fvu_words(scores: Evaluation) -> str:
-    """What the headline figure is called in a sentence."""
-    return "FVU" if headline(scores) == "fvu" else "FVU on ordinary tokens"
-
-
 def only_layer(scores: Evaluation) -> str:
     ((layer, fvu),) = scores.values(headline(scores)).items()
     return (
@@ -55,7 +50,9 @@ def extremes(scores: Evaluation) -> str:
     apart = f", {fvu[hardest] / fvu[best]:.1f} times as much" if fvu[best] > 0 else ""
 
     def scored(layer: int) -> str:
-        return f"{fvu_words(scores)} {format_fvu(fvu[layer])}, {format_percent(1 - fvu[layer])} of the variance explained"
+        return (
+            f"{fvu_words(scores)} {format_fvu(fvu[layer])}, {format_percent(1 - fvu[layer])} of the variance explained"
+        )
 
     return (
         f"**Layer {best} is the easiest to approximate** ({scored(best)}) and **layer {hardest} the hardest** "
@@ -104,24 +101,32 @@ def derivative(scores: Evaluation) -> str | None:
 
 
 def massive_tokens(scores: Evaluation) -> str | None:
-    """Where the two FVUs are of different tokens, and how the massive ones fare."""
-    some = {layer: own for layer, own in scores.layers.items() if own.massive_share}
-    if not some:
+    """Where the two FVUs are of different tokens, how the massive ones fare, and where they flatter most."""
+    shares = {layer: share for layer, share in scores.values("massive_share").items() if share}
+    if not shares:
         return None
-    listed = [
-        f"layer {layer} ({format_percent(own.massive_share or 0)}"
-        + (f", with a relative error of {format_fvu(own.massive_error)}" if own.massive_error is not None else "")
-        + f"; FVU {format_fvu(own.fvu_ordinary)} on ordinary tokens, {format_fvu(own.fvu)} on all)" * bool(own.fvu_ordinary)
-        for layer, own in some.items()
-    ]
-    return f"**Massive tokens** are left out of the figures for ordinary tokens at {', '.join(listed)}."
+    errors, ordinary = scores.values("massive_error"), scores.values("fvu_ordinary")
+    error = {layer: f", with a relative error of {format_fvu(errors[layer])}" for layer in shares if layer in errors}
+    listed = ", ".join(f"{format_percent(share)} at layer {k}{error.get(k, '')}" for k, share in shares.items())
+    sentence = f"**Massive tokens**, which the figures for ordinary ones leave out: {listed}."
+    hidden = {layer: ordinary[layer] - scores.layers[layer].fvu for layer in shares if layer in ordinary}
+    if hidden and max(hidden.values()) > 0:
+        most = max(hidden, key=hidden.__getitem__)
+        sentence += (
+            f" They hide most at layer {most}, whose FVU is {format_fvu(scores.layers[most].fvu)} on all tokens and "
+            f"{format_fvu(ordinary[most])} on ordinary ones."
+        )
+    return sentence
 
 
 def worst_channels(scores: Evaluation) -> str | None:
     """Where one output channel carries most of the error."""
-    channels = scores.values("worst_channel")
-    listed = [f"channel {c['index']:.0f} of layer {layer} ({c['share']:.0%})" for layer, c in channels.items()]
-    return f"**One output channel** carries most of a layer's squared error: {', '.join(listed)}." if listed else None
+    listed = [
+        f"channel {own.worst_channel['index']:.0f} at layer {layer} ({own.worst_channel['share']:.0%})"
+        for layer, own in scores.layers.items()
+        if own.worst_channel
+    ]
+    return f"**One output channel** carries most of the squared error: {', '.join(listed)}." if listed else None
 
 
 def by_position(scores: Evaluation) -> str | None:
@@ -150,8 +155,8 @@ def distrust(scores: Evaluation) -> Iterator[str]:
         worst = min(low, key=low.__getitem__)
         yield (
             f"**Do not take the weights of {of_layers(low)} for the MLP's computation.** The Jacobian cosine is below "
-            f"{LOW_COSINE:.2f} there (lowest: {low[worst]:.3f}, layer {worst}): more than half of the MLP's derivative is "
-            "missing from the transcoder's, at any scale, although the outputs agree on such text."
+            f"{LOW_COSINE:.2f} there (lowest: {low[worst]:.3f}, layer {worst}): more than half of the MLP's derivative "
+            "is missing from the transcoder's, at any scale, although the outputs agree on such text."
         )
     refuted: dict[int, str] = {}
     for layer, own in scores.layers.items():
@@ -165,10 +170,11 @@ def distrust(scores: Evaluation) -> Iterator[str]:
             f"another token, the change that is predicted is no better than none: {', '.join(refuted.values())}."
         )
     shares = scores.values("low_variance_share")
-    if hidden := [layer for layer, share in shares.items() if share > MOSTLY]:
+    if hidden := {layer: share for layer, share in shares.items() if share > MOSTLY}:
+        extent = format_range(hidden.values(), "{:.0%}".format)
         yield (
-            f"**The top eigenvectors of {of_layers(hidden)}** lie mostly ({format_range([shares[k] for k in hidden], '{:.0%}'.format)}) "
-            "in input directions that carry 3% of the variance, where the text hardly tests them."
+            f"**The top eigenvectors of {of_layers(hidden)}** lie mostly ({extent}) in input directions that carry 3% "
+            "of the variance, where the text hardly tests them."
         )
     if not (low or refuted or hidden):
         passed = [f"the Jacobian cosine is at least {LOW_COSINE:.2f}"]

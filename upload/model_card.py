@@ -127,15 +127,19 @@ def card_data(context: dict[str, Any], scores: Evaluation) -> ModelCardData:
         base_model=base["name"] if base["url"] else None,
         datasets=[context["fitted_on"]["name"]] if context["fitted_on"]["url"] else None,
         library_name="transformers",
-        tags=["mechanistic-interpretability", "transcoding", context["config"].model_type, "bilinear", *families, "mlp"],
+        tags=[
+            "mechanistic-interpretability",
+            "transcoding",
+            context["config"].model_type,
+            "bilinear",
+            *families,
+            "mlp",
+        ],
         **context["license"],
         model_name=context["slug"],
         eval_results=[
             EvalResult(
-                **source,
-                metric_type=score,
-                metric_name=f"{name} ({mean}, {kind})",
-                metric_value=round(mean_score, 6),
+                **source, metric_type=score, metric_name=f"{name} ({mean}, {kind})", metric_value=round(mean_score, 6)
             )
             for score, name in names.items()
             if (mean_score := scores.mean(score)) is not None

@@ -67,15 +67,14 @@ def split_name(split: str | None, dataset: str | None) -> str | None:
 
 
 def is_local_text(dataset: str) -> bool:
-    return dataset != PYTHON_STDLIB and bool(
-        not is_hub_id(dataset) or FILE.search(dataset) or Path(dataset).exists()
-    )
+    return dataset != PYTHON_STDLIB and bool(not is_hub_id(dataset) or FILE.search(dataset) or Path(dataset).exists())
 
 
 def described_base(name: str | None) -> dict[str, Any]:
     """How the card names the base, which is as `published_base` says; `family` is its id's name without its size."""
     on_hub = name not in (None, SHIPPED)
-    base = described(name or "an unnamed base", f"{HUB}/{name}" if on_hub else None, "ships with the package bilinear-tc")
+    local = "ships with the package bilinear-tc" if name else "not recorded"
+    base = described(name or "an unnamed base", f"{HUB}/{name}" if on_hub else None, local)
     family = re.split(r"-\d", base["short"], maxsplit=1)[0].lower() if on_hub else None
     return base | {"family": family}
 

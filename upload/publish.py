@@ -43,8 +43,8 @@ class Publication:
     license: str | None = field(
         default=None,
         metadata={
-            "help": "The license of the weights, as the Hub spells it. Default: the base's, of whose weights the set is "
-            "made, or none if it started from noise or the base's card names none."
+            "help": "The license of the weights, as the Hub spells it. Default: the base's, whose weights the set "
+            "starts from; none if it starts from noise, or the base's card names none."
         },
     )
     card: str | None = field(
@@ -104,7 +104,7 @@ def publish(run: Run, settings: Publication) -> State | None:
         settings.repo_id, settings.revision, keep_layers=keep_layers, attempts=1 if settings.dry_run else 5
     )
     offline = settings.dry_run and not hub.answers()
-    check_publishable(run, base_model=settings.base_model, allow_partial=settings.allow_partial, offline=offline)
+    check_publishable(run, settings.base_model, allow_partial=settings.allow_partial, offline=offline)
     if not settings.dry_run:
         hub.check_token()
     folder = build_repository(

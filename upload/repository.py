@@ -90,7 +90,7 @@ class LocalFile:
 
 
 def check_publishable(
-    run: Run, *, base_model: str | None = None, allow_partial: bool = False, offline: bool = False
+    run: Run, base_model: str | None = None, *, allow_partial: bool = False, offline: bool = False
 ) -> None:
     """Finds a run fit to publish, or says all that is wrong with it.
 
@@ -106,8 +106,7 @@ def check_publishable(
     """
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
     problems += [*run.export_problems(), *foreign_links(run), *unprintable_words(run), *disagreements(run)]
-    problems += score_problems(run)
-    problems += refusal(published_base, run, base_model)
+    problems += [*score_problems(run), *refusal(published_base, run, base_model)]
     problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial, offline)
     if problems:  # the same may keep several things from being read
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
@@ -283,24 +282,19 @@ def build_repository(
     save_dtype: str | None = None,
     with_pt: bool = False,
 ) -> Path:
-    """Builds the repository folder anew, whole or not at all.
+    """Builds the repository folder anew, whole or not at all, and returns it.
 
     Args:
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
-        repo_id, author, license: for the card.
+        repo_id, author, license, base_card: for the card.
         base_model: the Hub id of a base that lay in a folder.
-        base_card: what the base says of itself.
         card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
 
-    Returns:
-        The folder.
-
     Raises:
-        UserError: a layer's weights do not fit `save_dtype`, the base has no name for readers, or the folder cannot be
-            written.
+        UserError: weights do not fit `save_dtype`, readers do not have the base, or the folder cannot be written.
     """
     base = published_base(run, base_model)
     for partial in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process that was killed
@@ -321,14 +315,8 @@ def build_repository(
         draw_figures(repository, scratch / FIGURES)
         readme = scratch / REPOCARD_NAME
         if card is None:
-            write_model_card(
-                repository,
-                repo_id=repo_id,
-                author=author,
-                base_card=base_card or BaseCard(),
-                license=license,
-                cast_to=save_dtype if any(casts) else None,
-            )
+            said: dict[str, Any] = {"repo_id": repo_id, "author": author, "license": license, "base_card": base_card}
+            write_model_card(repository, **said, cast_to=save_dtype if any(casts) else None)
             text = stamped(readme.read_text(encoding="utf-8"), "generated")
         else:
             text = stamped(card, "own")

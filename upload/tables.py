@@ -111,6 +111,11 @@ def headline(scores: Evaluation) -> str:
     return "fvu" if scores.mean("fvu_ordinary") is None else "fvu_ordinary"
 
 
+def fvu_words(scores: Evaluation) -> str:
+    """What the headline figure is called in a sentence."""
+    return "FVU" if headline(scores) == "fvu" else "FVU on ordinary tokens"
+
+
 def best_and_hardest(scores: Evaluation) -> tuple[int, int]:
     """The layers of lowest and highest headline FVU."""
     fvu = scores.values(headline(scores))
