@@ -28,7 +28,7 @@ from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import FIGURES, draw_figures
-from bilinear_tc.upload.findings import findings
+from bilinear_tc.upload.findings import distrust, findings
 from bilinear_tc.upload.legacy import export_run
 from bilinear_tc.upload.model_card import check_card, relative_links, write_model_card
 from bilinear_tc.upload.tables import format_duration, format_fvu, format_nats, layer_ranges, like_layers
@@ -353,6 +353,141 @@ def measured(fvu: list[float], **others: list[float]) -> Evaluation:
         for layer, value in enumerate(fvu)
     }
     return Evaluation(layers=layers, dataset="text", split="validation", tokens=100, base_ce=3.0)
+
+
+def with_scores(run: Path, **layers: dict[str, Any]) -> Path:
+    """Rewrites evaluation.json with these scores of `layer_0` and so on."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["layers"] = {name.removeprefix("layer_"): scores for name, scores in layers.items()}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return run
+
+
+# Layer 1 looks best over all tokens, which a few massive ones carry, and is the hardest over ordinary ones.
+CARRIED: dict[str, dict[str, Any]] = {
+    "layer_0": {
+        **{"fvu": 0.1, "variance_explained": 0.9, "fvu_ordinary": 0.1, "fvu_ordinary_se": 0.002, "massive_share": 0.0},
+        **{"jacobian_cosine": 0.9, "jacobian_error": 0.4, "interchange": {"embedding": 0.8, "mlp 0": 0.7}},
+        **{"halfway": 0.6, "low_variance_share": 0.1},
+    },
+    "layer_1": {
+        **{"fvu": 0.02, "variance_explained": 0.98, "fvu_ordinary": 0.25},
+        **{"massive_share": 0.0085, "massive_error": 0.003, "worst_channel": {"index": 507, "share": 0.62}},
+        **{"jacobian_cosine": 0.3, "jacobian_error": 1.9, "interchange": {"embedding": -1.9, "mlp 0": -0.2}},
+        **{"halfway": 0.7, "low_variance_share": 0.88},
+    },
+}
+
+
+def test_the_figure_for_ordinary_tokens_is_the_headline(tmp_path: Path) -> None:
+    card = write(with_scores(write_tiny_run(tmp_path / "run"), **CARRIED))
+    rows = table(section(card, "Performance summary"), "Layers")
+    assert [(row[0], *row[1:3], row[-1]) for row in rows] == [
+        ("0", "0.1000", "0.1000", "best"),
+        ("1", "0.2500", "0.0200", "hardest"),
+        ("**average**", "**0.1750**", "**0.0600**", ""),
+    ]
+    assert "82.50% of the MLPs' output variance explained on average on ordinary tokens" in section(card, "Overview")
+    assert "(FVU 0.1750; on all tokens 0.0600)" in section(card, "Overview")
+    found = section(card, "Key findings")
+    assert "**Layer 0 is the easiest" in found
+    assert "0.85% at layer 1, with a relative error of 0.0030" in found
+    assert "hide most at layer 1, whose FVU is 0.0200 on all tokens and 0.2500 on ordinary ones" in found
+    assert "channel 507 at layer 1 (62%)" in found
+    layers = table(section(card, "Performance summary"), "Layer")
+    assert layers[0][1] == "0.1000 ± 0.0020"
+
+
+def test_the_card_says_when_not_to_trust_a_reading_of_which_layers(tmp_path: Path) -> None:
+    run = with_scores(write_tiny_run(tmp_path / "run"), **CARRIED)
+    card = write(run)
+    limits = section(card, "Limits")
+    assert "**Do not take the weights of layer 1 for" in limits
+    assert "below 0.71 there (lowest: 0.300, layer 1)" in limits
+    assert "**Do not predict interventions with layer 1.**" in limits
+    assert "layer 1 (embedding, R² -1.900 and 1 more)" in limits
+    assert "**The top eigenvectors of layer 1** lie mostly (88%)" in limits
+    assert "layer 0" not in limits.split("And in general")[0]
+    assert "-1.900 (embedding)" in section(card, "Performance summary")
+    assert "speaks against reading" not in limits
+
+
+def test_a_set_that_passes_every_measured_test_of_its_weights_is_said_to() -> None:
+    def said(**scores: Any) -> str:
+        layer = LayerScores(fvu=0.1, variance_explained=0.9, **scores)
+        return " ".join(distrust(Evaluation(layers={0: layer})))
+
+    assert "cosine is at least 0.71" in (alone := said(jacobian_cosine=0.72))
+    assert "interchange" not in alone
+    assert "eigenvectors" not in alone
+    everything = said(jacobian_cosine=0.72, interchange={"embedding": 0.1}, low_variance_share=0.4)
+    assert "every interchange R² is above 0, the top eigenvectors lie mostly where the inputs vary" in everything
+    for worse in ({"jacobian_cosine": 0.7}, {"interchange": {"embedding": 0.0}}, {"halfway": -0.1}):
+        assert "speaks against" not in said(**{"jacobian_cosine": 0.72, **worse})
+
+
+def test_what_an_earlier_version_did_not_measure_is_not_spoken_of(tmp_path: Path) -> None:
+    run = change_fvu(write_tiny_run(tmp_path / "run"), {0: 0.1, 1: 0.3})
+    card = write(run)
+    for word in ("ordinary", "Jacobian", "nterchange", "eigenvectors lie", "massive", "standard error", "KL"):
+        assert word not in card, word
+    assert table(card, "Layers")[0][:2] == ["0", "0.1000"]
+    assert "has not been measured" in section(card, "Limits")
+    data = ModelCard(card).data
+    assert [result.metric_type for result in data.eval_results] == ["fvu", "variance_explained"]
+
+
+def test_a_measure_that_some_layers_lack_has_a_dash_there(tmp_path: Path) -> None:
+    scores = {name: dict(own) for name, own in CARRIED.items()}
+    del scores["layer_0"]["interchange"]
+    card = write(with_scores(write_tiny_run(tmp_path / "run"), **scores))
+    rows = table(section(card, "Performance summary"), "Layers")
+    assert [row[-2] for row in rows] == ["–", "-1.900", "**–**"]
+
+
+def test_a_closed_form_set_says_what_it_was_solved_on(tmp_path: Path) -> None:
+    run = change_settings(write_tiny_run(tmp_path / "run", steps=0), normalization="batch")
+    card = write(change_settings_fit(run, {"steps": 0, "tokens": 65536}))
+    rows = dict(table(section(card, "Training details"), "Setting"))
+    assert rows["Calibration"] == "65,536 tokens, in sequences of 128"
+    assert rows["Optimizer steps"] == "0"
+    assert "calibration sample" in rows["Normalization"]
+    assert not {"Loss", "Optimizer", "Batch", "Tokens"} & set(rows)
+    assert "batch's own" not in card
+
+
+def test_the_predecessor_on_the_hub_is_linked(tmp_path: Path) -> None:
+    link = "[Elriggs/hnn_transcoders](https://huggingface.co/Elriggs/hnn_transcoders)"
+    card = write(pythia_run(tmp_path / "run"))
+    assert link in section(card, "Acknowledgments")
+    assert link in section(card, "Training details")
+
+
+OTHER = {"license": "other", "license_name": "llama3", "license_link": "https://example.org/LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("init", "given", "of_base", "named", "words"),
+    [
+        ("mlp", None, {"license": "apache-2.0"}, "apache-2.0", "`apache-2.0`, as [EleutherAI/pythia-410m]"),
+        ("mlp", None, OTHER, "other", "[`llama3`](https://example.org/LICENSE), as [EleutherAI/pythia-410m]"),
+        ("mlp", None, {}, None, "No license is named for these weights."),
+        ("mlp", "cc-by-4.0", {}, "cc-by-4.0", "names no license that could be read"),
+        ("mlp", "mit", {"license": "gemma"}, "mit", "whose card names `gemma`: its terms hold for them too"),
+        ("random", None, {"license": "apache-2.0"}, None, "whoever published them has chosen none"),
+        ("random", "mit", {"license": "apache-2.0"}, "mit", "`mit`."),
+    ],
+)
+def test_the_license_is_the_bases_where_the_weights_are(
+    tmp_path: Path, init: str, given: str | None, of_base: dict[str, str], named: str | None, words: str
+) -> None:
+    run = change_settings(pythia_run(tmp_path / "run", layers=(0,)), init=init)
+    card = write(run, license=given, base_card=BaseCard(of_base))
+    data = ModelCard(card).data.to_dict()
+    assert data.get("license") == named
+    assert data.get("license_link") == (OTHER["license_link"] if named == "other" else None)
+    assert words in section(card, "License")
+    assert ("apache" in section(card, "License")) == (named == "apache-2.0")
 
 
 def test_findings_follow_from_the_numbers() -> None:

@@ -122,19 +122,12 @@ def card_data(context: dict[str, Any], scores: Evaluation) -> ModelCardData:
         "variance_explained": "Variance explained",
         "jacobian_cosine": "Jacobian cosine",
     }
-    families = dict.fromkeys(filter(None, [base["family"], context["architecture"]]))
+    families = dict.fromkeys(filter(None, [context["config"].model_type, base["family"], context["architecture"]]))
     return ModelCardData(
         base_model=base["name"] if base["url"] else None,
         datasets=[context["fitted_on"]["name"]] if context["fitted_on"]["url"] else None,
         library_name="transformers",
-        tags=[
-            "mechanistic-interpretability",
-            "transcoding",
-            context["config"].model_type,
-            "bilinear",
-            *families,
-            "mlp",
-        ],
+        tags=["mechanistic-interpretability", "transcoding", "bilinear", *families, "mlp"],
         **context["license"],
         model_name=context["slug"],
         eval_results=[
