@@ -28,7 +28,7 @@ def published_base(run: Run, base_model: str | None) -> str | None:
     name = recorded_base(run)
     if base_model or name is None:
         return base_model
-    if Path(base_location(name)).resolve() == REPOSITORY_ROOT / SHIPPED:
+    if Path(base_location(name)).resolve() == (REPOSITORY_ROOT / SHIPPED).resolve():
         return SHIPPED
     if base_location(name) != name or Path(name).exists() or not is_hub_id(name):
         raise UserError(f"the base {name} is a folder, which readers do not have: name its Hub id with --base_model")
