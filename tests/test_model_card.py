@@ -391,11 +391,14 @@ def test_the_figure_for_ordinary_tokens_is_the_headline(tmp_path: Path) -> None:
     assert "(FVU 0.1750; on all tokens 0.0600)" in section(card, "Overview")
     found = section(card, "Key findings")
     assert "**Layer 0 is the easiest" in found
-    assert "0.85% at layer 1, with a relative error of 0.0030" in found
+    assert "at most 0.85% of all, are in layer 1; their own relative error is at most 0.0030" in found
     assert "hide most at layer 1, whose FVU is 0.0200 on all tokens and 0.2500 on ordinary ones" in found
     assert "channel 507 at layer 1 (62%)" in found
     layers = table(section(card, "Performance summary"), "Layer")
     assert layers[0][1] == "0.1000 ± 0.0020"
+    header = next(line for line in card.splitlines() if line.startswith("| Layer |")).strip("|").split("|")
+    shares = next(i for i, name in enumerate(header) if name.strip() == "Massive tokens")
+    assert [row[shares : shares + 2] for row in layers[:2]] == [["0.00%", "–"], ["0.85%", "0.0030"]]
 
 
 def test_the_card_says_when_not_to_trust_a_reading_of_which_layers(tmp_path: Path) -> None:

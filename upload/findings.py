@@ -106,9 +106,8 @@ def massive_tokens(scores: Evaluation) -> str | None:
     if not shares:
         return None
     errors, ordinary = scores.values("massive_error"), scores.values("fvu_ordinary")
-    error = {layer: f", with a relative error of {format_fvu(errors[layer])}" for layer in shares if layer in errors}
-    listed = ", ".join(f"{format_percent(share)} at layer {k}{error.get(k, '')}" for k, share in shares.items())
-    sentence = f"**Massive tokens**, which the figures for ordinary ones leave out: {listed}."
+    sentence = f"**Massive tokens**, at most {format_percent(max(shares.values()))} of all, are in {of_layers(shares)}"
+    sentence += f"; their own relative error is at most {format_fvu(max(errors.values()))}." if errors else "."
     hidden = {layer: ordinary[layer] - scores.layers[layer].fvu for layer in shares if layer in ordinary}
     if hidden and max(hidden.values()) > 0:
         most = max(hidden, key=hidden.__getitem__)

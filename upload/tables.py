@@ -84,6 +84,8 @@ OUTPUT_COLUMNS: Columns = {
     "variance_explained": ("Variance explained, all tokens", format_percent),
     "fvu_raw": ("FVU, raw outputs", format_fvu),
     "fvu_linear": ("FVU, best affine map", format_fvu),
+    "massive_share": ("Massive tokens", format_percent),
+    "massive_error": ("Their relative error", format_fvu),
     "error_quantiles": ("Error of an ordinary token: median, 99%", format_quantiles),
     "ce_increase": ("Loss increase (nats)", partial(format_nats, sign="+")),
     "kl": ("KL (nats)", "{:.4f}".format),
@@ -123,8 +125,8 @@ def best_and_hardest(scores: Evaluation) -> tuple[int, int]:
 
 
 def measured(scores: Evaluation, columns: Columns) -> Columns:
-    """The columns that some layer has; FVU goes without "all tokens" where nothing else was measured."""
-    kept = {score: column for score, column in columns.items() if scores.values(score)}
+    """The columns in which some layer has anything; FVU goes without "all tokens" where nothing else was measured."""
+    kept = {score: column for score, column in columns.items() if score == "fvu" or any(scores.values(score).values())}
     if "fvu_ordinary" in kept:
         return kept
     return {score: (name.removesuffix(", all tokens"), form) for score, (name, form) in kept.items()}
