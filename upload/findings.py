@@ -143,14 +143,10 @@ def by_position(scores: Evaluation) -> str | None:
 
 def distrust(scores: Evaluation) -> Iterator[str]:
     """When not to trust a reading of these weights, by what was measured; the layers are named."""
-    if not scores.values("jacobian_cosine"):
-        yield (
-            "How near the derivatives come to the MLPs', on which every reading of the weights rests, has not been "
-            "measured."
-        )
-        return
-    low = {layer: cosine for layer, cosine in scores.values("jacobian_cosine").items() if cosine < LOW_COSINE}
-    if low:
+    cosines = scores.values("jacobian_cosine")
+    if not cosines:
+        yield "How near the derivatives come to the MLPs', on which a reading of the weights rests, has not been measured."
+    if low := {layer: cosine for layer, cosine in cosines.items() if cosine < LOW_COSINE}:
         worst = min(low, key=low.__getitem__)
         yield (
             f"**Do not take the weights of {of_layers(low)} for the MLP's computation.** The Jacobian cosine is below "
@@ -175,7 +171,7 @@ def distrust(scores: Evaluation) -> Iterator[str]:
             f"**The top eigenvectors of {of_layers(hidden)}** lie mostly ({extent}) in input directions that carry 3% "
             "of the variance, where the text hardly tests them."
         )
-    if not (low or refuted or hidden):
+    if cosines and not (low or refuted or hidden):
         passed = [f"the Jacobian cosine is at least {LOW_COSINE:.2f}"]
         passed += ["every interchange R² is above 0"] * bool(scores.values("interchange"))
         passed += ["the top eigenvectors lie mostly where the inputs vary"] * bool(shares)
