@@ -133,20 +133,21 @@ class Run:
         """The held-out scores, None if nothing was measured; UserError with the first of `evaluation_problems`."""
         for problem in self.evaluation_problems:
             raise UserError(problem)
-        return None if self._evaluation_content is None else Evaluation.from_json(self._evaluation_content)
+        return None if self.evaluation_content is None else Evaluation.from_json(self.evaluation_content)
 
     @cached_property
     def evaluation_problems(self) -> list[str]:
         """All that is wrong with evaluation.json, a sentence each."""
         try:
-            content = self._evaluation_content
+            content = self.evaluation_content
         except ValueError as error:
             return [f"{self.folder / EVALUATION} is not readable JSON: {one_line(error)}; run train/evaluate.py again"]
         problems = [] if content is None else json_problems(content)
         return [f"{self.folder / EVALUATION}: {problem}; run train/evaluate.py again" for problem in problems]
 
     @cached_property
-    def _evaluation_content(self) -> Any:
+    def evaluation_content(self) -> Any:
+        """evaluation.json as it stands, None if there is none."""
         path = self._file(EVALUATION)
         return None if path is None else read_json(path)
 
