@@ -41,8 +41,7 @@ T = TypeVar("T")
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
-RECIPE = "recipe.yaml"
-EVALUATION = "evaluation.json"
+RECIPE, EVALUATION = "recipe.yaml", "evaluation.json"
 CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config.yaml", "history.parquet"
 LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
