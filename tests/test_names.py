@@ -118,7 +118,7 @@ def test_a_folder_that_reads_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypat
         (r"C:\texts\val.jsonl", "monology/pile-uncopyrighted", "val.jsonl"),
         ("sub/val.jsonl", "/data/texts", "val.jsonl"),
         ("train[:1%]", "a/b", "train[:1%]"),
-        (None, None, None),
+        ("/home/me/val.jsonl", None, "val.jsonl"),
     ],
 )
 def test_a_split_keeps_its_place_in_a_data_set_of_the_hub_only(split: str, dataset: str, name: str) -> None:

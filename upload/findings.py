@@ -145,7 +145,7 @@ def distrust(scores: Evaluation) -> Iterator[str]:
     """When not to trust a reading of these weights, by what was measured; the layers are named."""
     cosines = scores.values("jacobian_cosine")
     if not cosines:
-        yield "How near the derivatives come to the MLPs', on which a reading rests, has not been measured."
+        yield "How near the derivatives come to the MLPs', on which reading weights rests, has not been measured."
     if low := {layer: cosine for layer, cosine in cosines.items() if cosine < LOW_COSINE}:
         worst = min(low, key=low.__getitem__)
         yield (

@@ -42,28 +42,28 @@ def recorded_base(run: Run) -> str | None:
 
 def renamed(content: dict[str, Any], base: str | None) -> dict[str, Any]:
     """Settings, a configuration or an evaluation as it is published: without a path of this machine."""
-    names = {key: base for key in ("base", "base_model") if isinstance(content.get(key, ""), (str, type(None)))}
+    words = {key: value for key, value in content.items() if isinstance(value, str)}
+    names: dict[str, Any] = {key: base for key in ("base", "base_model") if content.get(key) is None or key in words}
     if isinstance(content.get("base"), dict):  # an evaluation's, with its loss
         names["base"] = content["base"] | {"model": base}
-    dataset = content.get("dataset")
-    names |= {key: split_name(content.get(key), dataset) for key in ("split", "eval_split")}
-    names["dataset"] = text_name(dataset)
+    if dataset := words.get("dataset"):
+        names["dataset"] = text_name(dataset)
+    names |= {key: split_name(words[key], dataset) for key in ("split", "eval_split") if key in words}
     return {key: names.get(key, value) for key, value in content.items() if key != "output_dir"}
 
 
-def text_name(dataset: str | None) -> str | None:
+def text_name(dataset: str) -> str:
     """A Hub id, or the names of local files; that of a folder ends in a slash."""
-    if dataset is None or not is_local_text(dataset):
+    if not is_local_text(dataset):
         return dataset
     names = ",".join(last_part(part) for part in dataset.split(","))
     return names if FILE.search(names) else f"{names}/"
 
 
-def split_name(split: str | None, dataset: str | None) -> str | None:
+def split_name(split: str, dataset: str | None) -> str:
     """A split's name, a file's path in a data set on the Hub, or the name of a local file."""
-    elsewhere = split is not None and (re.match(r"[/\\~.]|\w:", split) or Path(split).exists())
-    local = dataset is not None and is_local_text(dataset)
-    return last_part(split) if split is not None and (elsewhere or local) else split
+    elsewhere = re.match(r"[/\\~.]|\w:", split) or Path(split).exists()
+    return last_part(split) if elsewhere or (dataset and is_local_text(dataset)) else split
 
 
 def is_local_text(dataset: str) -> bool:
@@ -87,7 +87,7 @@ def described_text(dataset: str | None) -> dict[str, Any]:
         return {"name": PYTHON_STDLIB_NAME, "link": PYTHON_STDLIB_NAME, "url": None, "slug": dataset}
     if not is_local_text(dataset):
         return {**described(dataset, f"{HUB}/datasets/{dataset}", ""), "slug": dataset}
-    text = described(text_name(dataset) or "", None, "local files")
+    text = described(text_name(dataset), None, "local files")
     return {**text, "name": text["short"], "slug": re.sub(r"[^\w.-]+", "-", text["short"]).strip("-.") or "local"}
 
 
