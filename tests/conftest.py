@@ -1,7 +1,11 @@
-"""What several test files start from: small decoders with random weights, tiny fits, and the quickstart's run."""
+"""What several test files start from: small decoders with random weights, tiny fits, and the quickstart's run.
+
+With `-n`, each worker runs whole files on cores of its own, and one begins with all tests of the quickstart's run.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,35 @@ from publishing import Publisher
 from quickstart import QuickstartRun, run_quickstart
 
 from bilinear_tc.train.base import Base
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Threads of two workers on one core would wait for each other; what a worker starts stays on the worker's cores."""
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = share_of_cores(sorted(os.sched_getaffinity(0)), worker["workerid"], worker["workercount"])
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+
+
+def share_of_cores(cores: list[int], worker: str, workers: int) -> list[int]:
+    """Every `workers`-th of the cores, from that of the worker's number on; one that others have if there are too few.
+
+    Args:
+        cores: those that all workers may run on.
+        worker: "gw0", "gw1" and so on.
+        workers: how many there are.
+    """
+    return cores[int(worker.removeprefix("gw")) % len(cores) :: workers]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares an expensive fixture shares a worker, and the longest piece comes first."""
+    groups = {item: "quickstart" if "quickstart_run" in item.fixturenames else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != "quickstart")
 
 
 @pytest.fixture(autouse=True)
