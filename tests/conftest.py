@@ -1,6 +1,6 @@
-"""What several test files start from: small decoders with random weights, tiny fits, and the quickstart's run.
+"""What several test files start from: small decoders with random weights, and tiny fits.
 
-With `-n`, each worker runs whole files on cores of its own, and one begins with all tests of the quickstart's run.
+With `-n`, each worker runs whole files on cores of its own.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from fitting import TinyFit, write_text
 from forking import ForkServer
 from hub_server import HubServer
 from publishing import Publisher
-from quickstart import QuickstartRun, run_quickstart
 
 from bilinear_tc.train.base import Base
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Threads of two workers on one core would wait for each other; what a worker starts stays on the worker's cores."""
+    """Threads of two workers on one core would wait for each other; what a worker starts stays on its cores."""
     worker = getattr(config, "workerinput", None)
     if worker and hasattr(os, "sched_setaffinity"):
         cores = share_of_cores(sorted(os.sched_getaffinity(0)), worker["workerid"], worker["workercount"])
@@ -42,13 +41,9 @@ def share_of_cores(cores: list[int], worker: str, workers: int) -> list[int]:
     return cores[int(worker.removeprefix("gw")) % len(cores) :: workers]
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares an expensive fixture shares a worker, and the longest piece comes first."""
-    groups = {item: "quickstart" if "quickstart_run" in item.fixturenames else item.path.stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != "quickstart")
+    """The longest file comes first, so that the other workers do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.stem != "test_quickstart")
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +81,6 @@ def neox() -> Base:
 def llama() -> Base:
     """Two layers of width 16 with gated MLPs of width 40."""
     return Base(tiny_llama(num_hidden_layers=2), tokenizer=None)
-
-
-@pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
-    """The quickstart command, once for all tests."""
-    return run_quickstart(tmp_path_factory.mktemp("runs") / "quickstart")
 
 
 @pytest.fixture(scope="session")
