@@ -1,4 +1,4 @@
-"""The README's quickstart, for real: fit, snippets, evaluation, publication, and a reader of the Hub, by its commands."""
+"""The README's quickstart, for real, by its commands: fit, snippets, evaluation, publication, a reader of the Hub."""
 
 from __future__ import annotations
 
