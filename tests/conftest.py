@@ -25,19 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Threads of two workers on one core would wait for each other; what a worker starts stays on its cores."""
     worker = getattr(config, "workerinput", None)
     if worker and hasattr(os, "sched_setaffinity"):
-        cores = share_of_cores(sorted(os.sched_getaffinity(0)), worker["workerid"], worker["workercount"])
+        cores = own_cores(sorted(os.sched_getaffinity(0)), worker["workerid"], worker["workercount"])
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
 
 
-def share_of_cores(cores: list[int], worker: str, workers: int) -> list[int]:
-    """Every `workers`-th of the cores, from that of the worker's number on; one that others have if there are too few.
-
-    Args:
-        cores: those that all workers may run on.
-        worker: "gw0", "gw1" and so on.
-        workers: how many there are.
-    """
+def own_cores(cores: list[int], worker: str, workers: int) -> list[int]:
+    """Every `workers`-th of the cores from the worker's number on ("gw0" is its name); one if there are too few."""
     return cores[int(worker.removeprefix("gw")) % len(cores) :: workers]
 
 

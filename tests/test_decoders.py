@@ -155,7 +155,7 @@ def test_it_is_fitted_and_measured(base: Base) -> None:
     transcoders = fitter.stack.transcoders
     affine = solve_affine(transcoders, batches, fitter.activations, 4)
     reconstruction = Reconstruction(transcoders, affine, CPU)
-    evaluation = measure(batches, fitter.activations, reconstruction, Replacement(base, transcoders))
+    evaluation = measure(batches[:6], fitter.activations, reconstruction, Replacement(base, transcoders))
     scores = evaluation.to_json()
     assert all(math.isfinite(value) for layer in scores["layers"].values() for value in numbers(layer))
     layer = evaluation.layers[1]
