@@ -969,6 +969,8 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[
 
 def read_norm(module: nn.Module, width: int) -> Norm | None:
     """What a norm of any class does to rows of a width, by what it makes of a few; None if it is no such norm."""
+    if any(module.children()) or any(parameter.is_meta for parameter in module.parameters()):
+        return None
     probe = copy.deepcopy(module).float()
     device = next((parameter.device for parameter in probe.parameters()), torch.device("cpu"))
     rows = 1000 * (torch.randn(4, width, generator=torch.Generator().manual_seed(0)) + 1).to(device)  # eps is nothing
