@@ -31,7 +31,8 @@ def started(base: Base, massive: slice = slice(0)) -> tuple[Stack, list[torch.Te
     def calibration(what):
         for batch in batches:
             activations.fill(batch, 16)
-            activations.y[1, massive] *= 1000
+            if seen:  # the first batch's rows show which MLP it is
+                activations.y[1, massive] *= 1000
             if what == "moments":
                 seen.append(activations.x.clone())
             yield activations
@@ -50,7 +51,7 @@ def test_the_closed_form_leaves_the_inputs_covariance_with_each_layer(neox):
 
 def test_rows_that_are_massive_are_not_in_the_covariance(neox):
     stack, seen = started(neox, massive=slice(400, None))
-    ordinary = torch.cat([x[1, :400] for x in seen]).double()
+    ordinary = torch.cat([seen[0][1], *(x[1, :400] for x in seen[1:])]).double()
     found = stack.transcoders[1].input_covariance().double()
     torch.testing.assert_close(found, ordinary.T.cov(correction=0), rtol=1e-4, atol=1e-4)
 
