@@ -839,16 +839,17 @@ class _Weights:
             u: output directions [directions, n_outputs].
             scale: F [n_inputs, n_inputs], or a diagonal [n_inputs].
         """
-        left, right = self.maps
-        f, g = scale.to(left.dtype), (u @ self.head).to(left.dtype)
+        f, half = scale.to(self.maps[0].dtype), (u @ self.head / 2).to(self.maps[0].dtype)
+        blocks = [*zip(*(of.split(512) for of in (*self.maps, half.T)), strict=True)]  # of units, that fit a cache
 
         def apply(rows: Tensor) -> Tensor:  # [directions, n_inputs]
-            z = rows * f if f.ndim == 1 else rows @ f.T
-            image = (g * (z @ right.T)) @ left + (g * (z @ left.T)) @ right
-            return (image * f if f.ndim == 1 else image @ f) / 2
+            z, image = rows * f if f.ndim == 1 else rows @ f.T, torch.zeros_like(rows)
+            for left, right, g in blocks:
+                image.addmm_(g.T * (z @ right.T), left).addmm_(g.T * (z @ left.T), right)
+            return image * f if f.ndim == 1 else image @ f
 
         start = torch.randn(len(u), len(self.std), generator=torch.Generator().manual_seed(0))
-        values, vectors = _lanczos(apply, start.to(left), k)
+        values, vectors = _lanczos(apply, start.to(f), k)
         return values.double(), vectors.double()
 
     def shares(self, u: Tensor, values: Tensor, vectors: Tensor, z: Tensor, gauge: str | None) -> Tensor:
