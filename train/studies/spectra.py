@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,30 +62,27 @@ def seconds(read: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def time_readings(width: int, k: int) -> None:
+def time_readings(width: int, k: int, *, white: bool) -> None:
     """Prints what a few eigenvalues of some directions at once cost, and what all of each at a time do."""
-    for white in (False, True):
-        tc, u = random_layer(width, white=white), torch.randn(DIRECTIONS, width)
-        some = seconds(lambda tc=tc, u=u: tc.spectrum(u, k))
-        again = time.process_time()
-        found = tc.spectrum(u, k)
-        again = time.process_time() - again
+    tc, u = random_layer(width, white=white), torch.randn(DIRECTIONS, width)
+    some = seconds(partial(tc.spectrum, u, k))
+    start = time.process_time()
+    found = tc.spectrum(u, k).eigenvalues
+    again = time.process_time() - start
+    print(
+        f"{'white' if white else 'correlated'} inputs, width {width}, {DIRECTIONS} directions, k = {k}: {some:.2f} s, "
+        f"{again:.2f} s once the weights are read"
+    )
+    if width <= DENSE_UP_TO:
+        dense = sum(seconds(partial(tc.spectrum, row, metric="euclidean")) for row in u)
+        expected = torch.stack([tc.spectrum(row).eigenvalues[:k] for row in u[:2]])
+        error = ((found[:2] - expected).abs() / found[:2, :1].abs()).max()
         print(
-            f"{'white' if white else 'correlated'} inputs, width {width}, {DIRECTIONS} directions, k = {k}: "
-            f"{some:.2f} s, {again:.2f} s once the weights are read"
+            f"  all eigenvalues of one direction at a time: {dense:.2f} s, {dense / some:.1f} times as much; largest "
+            f"difference {error:.0e} of the first"
         )
-        if width <= DENSE_UP_TO:
-            dense = [seconds(lambda tc=tc, row=row: tc.spectrum(row, metric="euclidean")) for row in u]
-            errors = [
-                (f - tc.spectrum(row).eigenvalues[:k]).abs().max() / f[0].abs()
-                for f, row in zip(found.eigenvalues[:2], u, strict=False)
-            ]
-            print(
-                f"  all eigenvalues of one direction at a time: {sum(dense):.2f} s, {sum(dense) / some:.1f} times as "
-                f"much; largest difference {max(errors):.0e}"
-            )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory of the process: {peak:.2f} GiB")
+    print(f"  peak memory of the process so far: {peak:.2f} GiB", flush=True)
 
 
 def r_squared(value: Tensor, rest: Tensor) -> float:
@@ -143,7 +141,8 @@ def main() -> None:
     if settings.transcoders is not None:
         read_set(settings.transcoders)
     if settings.width is not None:
-        time_readings(settings.width, settings.k)
+        for white in (False, True):
+            time_readings(settings.width, settings.k, white=white)
 
 
 if __name__ == "__main__":
