@@ -934,6 +934,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[
         start: random [directions, n].
     """
     directions, n = start.shape
+    generator = torch.Generator().manual_seed(1)
     eps = torch.finfo(start.dtype).eps
     basis = start.new_empty(directions, 64, n)
     diagonal, off_diagonal = [], []
@@ -964,7 +965,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[
             if m == n or (residual <= eps**0.5 * values[:, :1].abs()).all():
                 break
         if ended.any():
-            row = torch.where(ended[:, None], orthogonal(torch.randn_like(row), m), row)
+            row = torch.where(ended[:, None], orthogonal(torch.randn(row.shape, generator=generator).to(row), m), row)
     return values, (vectors.mT.to(basis) @ basis[:, :m]).mT
 
 
