@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -271,7 +272,7 @@ class BilinearTC(PreTrainedModel):
                     raise ValueError(
                         f"error_term has shape {list(error_term.shape)}, but the MLP's output {list(y.shape)}."
                     )
-                return y + error_term.to(y).view_as(y)
+                return y + error_term.detach().to(y).reshape(y.shape)
             with torch.no_grad():
                 true_y = true()
                 plain = self(own_x).to(x) if scale or add else y
@@ -702,7 +703,7 @@ class BilinearTCSet(nn.Module):
         if remote:
             try:
                 with _no_progress_bars():
-                    folder = Path(snapshot_download(str(where), allow_patterns="layer_*/config.json", **hub))
+                    folder = Path(snapshot_download(str(where), allow_patterns="layer_*/*.json", **hub))
             except (OSError, ValueError) as error:
                 raise OSError(
                     f"There are no transcoders at {str(where)!r}: expected a run's folder, or a Hub repository that "
@@ -714,8 +715,8 @@ class BilinearTCSet(nn.Module):
             raise ValueError(f"{where} holds no layer_N/config.json: expected a set of transcoders.")
         chosen = _chosen(layers, there, str(where))
         if remote:
-            files = [f"layer_{layer}/*.{kind}" for layer in chosen for kind in ("json", "safetensors")]
-            snapshot_download(str(where), allow_patterns=files, **hub)
+            weights = [f"layer_{layer}/*.safetensors" for layer in chosen]
+            snapshot_download(str(where), allow_patterns=weights, tqdm_class=_FilesBar, **hub)
         with _no_progress_bars():
             tcs = cls(BilinearTC.from_pretrained(folder / f"layer_{layer}", **kwargs) for layer in chosen)
         return tcs.to(device=device).eval()
@@ -798,6 +799,13 @@ def _chosen(layers: Iterable[int] | None, there: list[int], where: str) -> list[
 
 def _no_layer(where: str, missing: list[int], there: list[int]) -> str:
     return f"{where} has no layer {', '.join(map(str, missing))}: it has layers {', '.join(map(str, there))}."
+
+
+class _FilesBar(tqdm):
+    """Of the bars that a download draws, the one that counts files."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | ({"disable": True} if kwargs.get("unit") == "B" else {}))
 
 
 @contextmanager
