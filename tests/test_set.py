@@ -139,7 +139,8 @@ def test_a_set_loads_from_the_hub_in_numeric_order(how: str, load: Loader, hub: 
     commit = hub.put("tester/set", run_files(old))
     hub.put("tester/set", run_files(new))
     repo = "tester/set"
-    done = load((repo, {"layers": [10, 0], "revision": commit}), (repo, {}), (repo, {"dtype": "bfloat16"}), how=how)
+    loads = ((repo, {"layers": [10, 0], "revision": commit}), (repo, {}), (repo, {"dtype": "bfloat16"}))
+    done = load(*loads, how=how, TQDM_POSITION="-1")  # which shows bars as in a terminal
     of_old, of_new, narrow = load.sets
     assert [entry[:3] for entry in of_old] == [(0, 0, False), (10, 10, False)]
     assert [entry[:3] for entry in of_new] == [(layer, layer, False) for layer in (0, 2, 10)]
