@@ -241,11 +241,12 @@ class BilinearTC(PreTrainedModel):
                 output as the MLP's.
             scale: what hidden units (see `units`) are multiplied by: 0.0 switches one off.
             add: what is added to hidden units after that, a number or a tensor that broadcasts to [batch, seq].
-            error_term: True adds what the MLP itself would say beyond the transcoder, without gradients. The base's
-                outputs then stay as they are (exactly, if no unit is edited), while gradients go through the
-                transcoder, and so does what an edit of its units adds. What such an edit changes further on, later MLPs
-                answer as themselves. To have later transcoders answer, give the error as it was before the edit, a
-                tensor [batch, seq, n_outputs]: `y - tc(x)` of a `capture` of the same tokens.
+            error_term: True adds the transcoder's error, true output minus its own without edits, taken in the same
+                pass and without gradients. If nothing is edited, the base's outputs stay as they are, to the bit;
+                gradients go through the transcoder, and so does an edit of its units. But layers that come after an
+                edit, with error terms too, answer it as the true MLPs would. If their transcoders are to answer it,
+                give the errors of the pass without the edit: `y - tc(x)` of a `capture` of the same tokens, a tensor
+                [batch, seq, n_outputs].
 
         Yields:
             The base.

@@ -155,6 +155,17 @@ def test_gradients_and_edits_go_through_a_traced_transcoder(tcs: BilinearTCSet, 
         torch.testing.assert_close(y, tcs[1](x) + moved, rtol=1e-4, atol=1e-4)
 
 
+def test_an_nnsight_model_generates_with_units_edited(base: PreTrainedModel, tcs: BilinearTCSet, sight: Any) -> None:
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 49}
+    prompt = TOKENS[:, :4]
+    with tcs.attached(base), tcs[1].attached(base, add={5: 40.0}):
+        expected = base.generate(prompt, **greedy)
+    with tcs.attached(sight), tcs[1].attached(sight, add={5: 40.0}), sight.generate(prompt, **greedy) as tracer:
+        tokens = tracer.result.save()
+    assert torch.equal(tokens, expected)
+    assert not torch.equal(tokens, base.generate(prompt, **greedy))
+
+
 def test_an_nnsight_model_that_has_loaded_nothing_yet_is_loaded(tmp_path: Path) -> None:
     folder = write_base(tmp_path)
     sight = library("nnsight").LanguageModel(str(folder), tokenizer=AutoTokenizer.from_pretrained(folder))

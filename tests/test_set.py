@@ -15,9 +15,10 @@ from bases import tiny_gpt2, tiny_llama, tiny_neox
 from forking import Finished, ForkServer
 from hub_server import HubServer
 from loading import run_files, saved_output
+from publishing import Publisher
 from tiny_run import write_tiny_run
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
@@ -173,10 +174,12 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_downloaded(
     assert not any("safetensors" in request for request in hub.requests)
 
 
-def test_a_private_set_loads_with_its_token_and_again_offline(load: Loader, hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_private_set_as_published_loads_with_its_token_and_again_offline(
+    load: Loader, publisher: Publisher, hub: HubServer, tmp_path: Path
+) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(0, 3))
-    hub.create("tester/secret", private=True)
-    hub.put("tester/secret", run_files(run))
+    assert publisher.command(run, "--repo_id", "tester/secret", "--private").returncode == 0
     with_token = {"token": hub.read_token, "layers": [3], "cache_dir": str(tmp_path / "cache")}
     load(("tester/secret", with_token))
     asked = len(hub.requests)
@@ -252,6 +255,33 @@ def test_within_attached_layers_see_what_the_spliced_base_gives_them_and_the_tru
         logits(base)
     with tcs.attached(base, layers=[0]):
         assert same(tcs.capture(base, input_ids=TOKENS), expected)
+
+
+@torch.no_grad()
+def test_mlps_that_are_no_modules_and_get_flattened_rows_are_captured_and_spliced() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "ffn_dim": 32, "num_attention_heads": 2}
+    base = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.25)).eval()
+    tcs = random_set("model.decoder.layers.{}.fc1:fc2")
+    mlps = [(base.model.decoder.layers[layer], tc) for layer, tc in zip(tcs.layers, tcs, strict=True)]
+    plain, entered, handles = logits(base), [], []
+    for layer, tc in mlps:
+        handles.append(layer.fc1.register_forward_hook(lambda _fc1, args, _y: entered.append(args[0])))
+        handles.append(layer.fc2.register_forward_hook(lambda _fc2, _args, _y, tc=tc: tc(entered[-1])))
+    expected = logits(base)
+    for handle in handles:
+        handle.remove()
+    with tcs.attached(base):
+        assert torch.equal(logits(base), expected)
+        captured = tcs.capture(base, input_ids=TOKENS)
+    for (layer, tc), x in zip(mlps, entered, strict=True):
+        pair = (x, layer.fc2(layer.fc1(x).relu()))
+        torch.testing.assert_close(captured[tc.config.layer_index], tuple(t.reshape(2, 12, 16) for t in pair))
+    errors = {layer: y - tcs[layer](x) for layer, (x, y) in tcs.capture(base, input_ids=TOKENS).items()}
+    with tcs.attached(base, error_term=True):
+        assert torch.equal(logits(base), plain)
+    with tcs.attached(base, error_term=errors):
+        torch.testing.assert_close(logits(base), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pass_that_does_not_come_to_a_layer_names_it() -> None:
@@ -404,7 +434,7 @@ def test_units_are_edited_while_spliced_in_generate_too(form: str) -> None:
         got = logits(base)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.autograd.grad(got.square().sum(), added), expected_gradient, rtol=1e-3, atol=1e-3)
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 49}
     with tc.attached(base):
         unedited = base.generate(TOKENS[:, :4], **greedy)
     with hooked(base, {tc: lambda x, _y: edited(x, 40.0)}):
@@ -431,8 +461,6 @@ def test_the_fvu_is_the_measured_one_on_the_rows_that_are_not_padding(
     base_and_set: tuple[PreTrainedModel, BilinearTCSet],
 ) -> None:
     base, tcs = base_and_set
-    mlp = base.get_submodule(tcs[1].config.mlp_path)
-    mlp.register_forward_hook(lambda _mlp, _args, y: y)
     for inputs in ({"attention_mask": MASK}, {}):
         kept = inputs.get("attention_mask", torch.ones_like(MASK)).bool()
         got = tcs.fvu(base, input_ids=TOKENS, **inputs)
