@@ -717,6 +717,7 @@ class BilinearTCSet(nn.Module):
         chosen = _chosen(layers, there, str(where))
         if remote:
             weights = [f"layer_{layer}/*.safetensors" for layer in chosen]
+            hub["revision"] = folder.name  # the commit: a branch may have moved on since
             snapshot_download(str(where), allow_patterns=weights, tqdm_class=_FilesBar, **hub)
         with _no_progress_bars():
             tcs = cls(BilinearTC.from_pretrained(folder / f"layer_{layer}", **kwargs) for layer in chosen)
@@ -754,7 +755,7 @@ class BilinearTCSet(nn.Module):
         Args:
             base: as for `BilinearTC.attached`.
             layers: the layers' numbers; by default all of the set.
-            error_term: as for `BilinearTC.attached`, the errors given by layer.
+            error_term: as for `BilinearTC.attached`; errors are given by layer, and a layer without one has none.
 
         Yields:
             The base.

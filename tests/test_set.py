@@ -174,6 +174,19 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_downloaded(
     assert not any("safetensors" in request for request in hub.requests)
 
 
+def test_a_set_is_of_one_commit_though_another_is_pushed_meanwhile(
+    load: Loader, hub: HubServer, tmp_path: Path
+) -> None:
+    old, new = (write_tiny_run(tmp_path / name, layers=(0,), seed=seed) for seed, name in enumerate(("old", "new")))
+    hub.put("tester/set", run_files(old))
+    pushed = []
+    hub.fail(3, lambda: pushed.append(hub.put("tester/set", run_files(new))))
+    load(("tester/set", {}), ("tester/set", {}), how="installed")
+    assert pushed
+    for run, [(*_, output)] in zip((old, new), load.sets, strict=True):
+        assert torch.equal(output, saved_output(run, 0))
+
+
 @pytest.mark.slow
 def test_a_private_set_as_published_loads_with_its_token_and_again_offline(
     load: Loader, publisher: Publisher, hub: HubServer, tmp_path: Path
