@@ -1,7 +1,11 @@
-"""What several test files start from: small decoders with random weights, tiny fits, and the quickstart's run."""
+"""What several test files start from: small decoders with random weights, and tiny fits.
+
+With `-n`, each worker runs whole files on cores of its own.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +17,27 @@ from fitting import TinyFit, write_text
 from forking import ForkServer
 from hub_server import HubServer
 from publishing import Publisher
-from quickstart import QuickstartRun, run_quickstart
 
 from bilinear_tc.train.base import Base
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Threads of two workers on one core would wait for each other; what a worker starts stays on its cores."""
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = own_cores(sorted(os.sched_getaffinity(0)), worker["workerid"], worker["workercount"])
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+
+
+def own_cores(cores: list[int], worker: str, workers: int) -> list[int]:
+    """Every `workers`-th of the cores from the worker's number on ("gw0" is its name); one if there are too few."""
+    return cores[int(worker.removeprefix("gw")) % len(cores) :: workers]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first, so that the other workers do the rest meanwhile."""
+    items.sort(key=lambda item: item.path.stem != "test_quickstart")
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +75,6 @@ def neox() -> Base:
 def llama() -> Base:
     """Two layers of width 16 with gated MLPs of width 40."""
     return Base(tiny_llama(num_hidden_layers=2), tokenizer=None)
-
-
-@pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
-    """The quickstart command, once for all tests."""
-    return run_quickstart(tmp_path_factory.mktemp("runs") / "quickstart")
 
 
 @pytest.fixture(scope="session")

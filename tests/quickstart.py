@@ -11,6 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMMAND = "accelerate launch train/fit.py --recipe quickstart"
 LAYERS = range(6)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

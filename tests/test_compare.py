@@ -15,7 +15,8 @@ from fitting import TinyFit
 
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.recipe import Recipe, read_settings
-from bilinear_tc.train.studies import tune
+from bilinear_tc.train.run import Run
+from bilinear_tc.train.studies import trade, tune
 from bilinear_tc.train.studies.compare import ComparisonSettings, compare_recipes, harden, shorter
 
 CPU = torch.device("cpu")
@@ -132,3 +133,22 @@ def test_each_change_is_compared_with_the_recipe(recipe: Path, monkeypatch, caps
         rounded = 100 * 1e-4 / kept  # the two figures are printed to four digits, the change in per cent to one
         assert float(change) == pytest.approx(100 * (float(mean) / kept - 1), abs=0.05 + rounded)
     assert len({row[1] for row in rows}) == 3
+
+
+@pytest.mark.slow
+def test_the_trade_is_measured_as_the_set_of_that_recipe_is(recipe: Path, tiny_fit, monkeypatch, capsys) -> None:
+    """Its figures are those of a run of the same recipe, evaluated."""
+    changes = {name: {"init": "random", "jvp": w, "max_steps": 12} for name, w in (("plain", 0.0), ("derivative", 1.0))}
+    monkeypatch.setattr(trade, "CHANGES", changes)
+    monkeypatch.setattr(sys, "argv", ["train/studies/trade.py", "--recipe", str(recipe), "--loss_tokens", "256"])
+    trade.main()
+    rows = re.findall(r"^\| (plain|derivative) \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
+    figures = {name: [float(cell) for cell in cells.split(" | ")] for name, cells in rows}
+    assert set(figures) == {"plain", "derivative"}
+    assert figures["plain"][2] < figures["derivative"][2]  # the Jacobian's cosine
+    run = recipe.parent / "run"
+    settings = ["--recipe", recipe, "--init", "random", "--jvp", 1.0, "--max_steps", 12]
+    assert tiny_fit.run(run, *settings).returncode == 0
+    scores = Run(run).evaluation
+    means = [scores.mean(of) for of in ("fvu", "fvu_ordinary", "jacobian_cosine")]
+    assert figures["derivative"][:3] == pytest.approx(means, abs=1e-3)

@@ -155,7 +155,7 @@ def test_it_is_fitted_and_measured(base: Base) -> None:
     transcoders = fitter.stack.transcoders
     affine = solve_affine(transcoders, batches, fitter.activations, 4)
     reconstruction = Reconstruction(transcoders, affine, CPU)
-    evaluation = measure(batches, fitter.activations, reconstruction, Replacement(base, transcoders))
+    evaluation = measure(batches[:6], fitter.activations, reconstruction, Replacement(base, transcoders))
     scores = evaluation.to_json()
     assert all(math.isfinite(value) for layer in scores["layers"].values() for value in numbers(layer))
     layer = evaluation.layers[1]
@@ -247,7 +247,7 @@ def test_a_decoders_mlps_are_found_read_seen_and_spliced(name: str) -> None:
 @pytest.mark.slow
 def test_decoders_work_from_their_closed_form_to_their_card(fork_server: ForkServer, tmp_path: Path) -> None:
     """Fitted, measured and built as a repository, by the commands."""
-    names = ["opt", "bloom", "mpt", "falcon", "phi3", "glm4", "lfm2", "ctrl", "bart"]
+    names = ["opt", "bloom", "mpt", "phi3", "lfm2", "ctrl", "bart"]
     with HubServer(tmp_path / "hub") as hub:
         environment = hub.environment(tmp_path / "home", token=hub.token)
         done = fork_server.start(decoders.main, ["--only", ",".join(names)], environment=environment).wait()

@@ -4,17 +4,29 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from tiny_run import final_fvu, write_tiny_run
 
 from bilinear_tc.train.errors import StorageError, UserError, command_line
-from bilinear_tc.train.measuring.evaluation import LossScores
+from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, LossScores
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload import figures
-from bilinear_tc.upload.figures import CURVES, FIGURES, comparison, draw_figures, spread, training_curves, with_gaps
+from bilinear_tc.upload.figures import (
+    CURVES,
+    FIGURES,
+    comparison,
+    derivatives,
+    draw_figures,
+    spread,
+    training_curves,
+    with_gaps,
+)
 
 
 def draw(run: Path) -> list[Path]:
@@ -31,6 +43,7 @@ def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
     written = draw(write_tiny_run(tmp_path / "run", layers=range(24)))
     assert names(written) == [
         "all_layers_comparison.png",
+        "derivatives_by_layer.png",
         "training_curves_overlaid_layers_0_5.png",
         "training_curves_overlaid_layers_6_11.png",
         "training_curves_overlaid_layers_12_17.png",
@@ -46,7 +59,7 @@ def test_files_are_named_by_the_layers_six_a_figure(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=(1, 4, 5, 7, 9, 10, 11, 30))
-    assert names(draw(run))[1:] == [
+    assert names(draw(run))[2:] == [
         "training_curves_overlaid_layers_1_10.png",
         "training_curves_overlaid_layers_11_30.png",
     ]
@@ -56,7 +69,7 @@ def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
         (run / f"layer_{layer}").rmdir()
     written = draw(run)
     assert set((run / "figures").iterdir()) == set(written)  # the curves of the layers that left are gone too
-    assert names(written)[1:] == ["training_curves_overlaid_layers_1_10.png"]
+    assert names(written)[2:] == ["training_curves_overlaid_layers_1_10.png"]
 
 
 def test_drawing_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -72,14 +85,84 @@ def test_comparison_plots_the_held_out_scores_and_the_affine_maps(tmp_path: Path
     plotted = {line.get_label(): line.get_ydata() for line in left.lines}
     fvu = [evaluation[str(layer)]["fvu"] for layer in range(5)]
     affine = np.array([evaluation[str(layer)]["fvu_linear"] for layer in range(5)])
-    np.testing.assert_array_equal(plotted["bilinear transcoder"], fvu)
-    np.testing.assert_array_equal(plotted["best affine map"], affine)
-    np.testing.assert_allclose(plotted["transcoders' mean"], sum(fvu) / 5)
+    ordinary = [evaluation[str(layer)]["fvu_ordinary"] for layer in range(5)]
+    np.testing.assert_array_equal(plotted["ordinary tokens"], ordinary)
+    np.testing.assert_array_equal(plotted["all tokens"], fvu)
+    np.testing.assert_array_equal(plotted["best affine map, all tokens"], affine)
+    np.testing.assert_allclose(plotted["mean, ordinary tokens"], sum(ordinary) / 5)
     assert left.get_yscale() == "log"
     assert left.get_ylabel() == "Held-out FVU"
     percent = {line.get_label(): line.get_ydata() for line in right.lines}
-    np.testing.assert_allclose(percent["bilinear transcoder"], 100 - 100 * np.array(fvu))
-    np.testing.assert_allclose(percent["best affine map"], 100 - 100 * affine)
+    np.testing.assert_allclose(percent["ordinary tokens"], 100 - 100 * np.array(ordinary))
+    np.testing.assert_allclose(percent["all tokens"], 100 - 100 * np.array(fvu))
+    np.testing.assert_allclose(percent["best affine map, all tokens"], 100 - 100 * affine)
+
+
+def test_an_evaluation_of_an_earlier_version_plots_what_it_has() -> None:
+    layers = {layer: LayerScores(fvu=0.1, variance_explained=0.9, fvu_linear=0.3) for layer in range(3)}
+    left, _ = comparison(Evaluation(layers=layers)).axes
+    assert [line.get_label() for line in left.lines] == [
+        "bilinear transcoder",
+        "best affine map",
+        "mean, bilinear transcoder",
+    ]
+
+
+def derivative_scores(layers: int, worst: dict[int, float] | None = None) -> Evaluation:
+    """Cosines that fall by layer, and an interchange whose lowest R² is 0.5 but for `worst`."""
+    lowest = dict.fromkeys(range(layers), 0.5) | (worst or {})
+    return Evaluation(
+        layers={
+            layer: LayerScores(
+                fvu=0.1,
+                variance_explained=0.9,
+                jacobian_cosine=1 - layer / layers,
+                jacobian_cosine_data=1 - layer / layers / 2,
+                interchange={"embedding": 0.9, "mlp 0": lowest[layer]},
+                halfway=0.7,
+            )
+            for layer in range(layers)
+        }
+    )
+
+
+@pytest.mark.parametrize(("layers", "worst"), [(6, {1: -1.96}), (24, {}), (30, {11: -40.0}), (1, {})])
+def test_derivatives_plots_cosines_and_the_worst_interchange(layers: int, worst: dict[int, float]) -> None:
+    with matplotlib.rc_context(fname=figures.STYLE):
+        figure = derivatives(derivative_scores(layers, worst))
+        figure.draw_without_rendering()
+    left, right = figure.axes
+    cosines, between = (line.get_ydata() for line in left.lines)
+    np.testing.assert_allclose(cosines, 1 - np.arange(layers) / layers)
+    np.testing.assert_allclose(between, 1 - np.arange(layers) / layers / 2)
+    lowest, halfway, zero = (line.get_ydata() for line in right.lines)
+    np.testing.assert_array_equal(lowest, [worst.get(layer, 0.5) for layer in range(layers)])
+    assert set(halfway) == {0.7}
+    assert set(zero) == {0}
+    assert right.get_ylim()[0] < min(lowest)  # nothing is cut off
+    for axes, sides in ((left, "x"), (right, "xy")):
+        for side in sides:
+            assert not overlapping(figure, getattr(axes, f"get_{side}ticklabels")())
+    assert not overlapping(figure, [text for legend in figure.legends for text in legend.get_texts()])
+
+
+def overlapping(figure: Figure, texts: list[Text]) -> list[str]:
+    """Neighboring texts, of those that are seen, that touch."""
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text() and t.get_visible()]
+    seen = [(text, box) for text, box in boxes if figure.bbox.overlaps(box)]
+    return [f"{a} | {b}" for (a, one), (b, other) in pairwise(seen) if one.overlaps(other)]
+
+
+def test_without_interchanges_the_cosines_stand_alone_and_without_cosines_there_is_no_figure(tmp_path: Path) -> None:
+    alone = {0: LayerScores(fvu=0.1, variance_explained=0.9, jacobian_cosine=0.6)}
+    assert len(derivatives(Evaluation(layers=alone)).axes) == 1
+    run = write_tiny_run(tmp_path / "run", layers=(0,))
+    assert "derivatives_by_layer.png" in names(draw(run))
+    content = json.loads((run / "evaluation.json").read_text())
+    content["layers"]["0"] = {"fvu": 0.1, "variance_explained": 0.9}
+    (run / "evaluation.json").write_text(json.dumps(content))
+    assert "derivatives_by_layer.png" not in names(draw(run))
+    assert not (run / FIGURES / "derivatives_by_layer.png").exists()  # the earlier one says nothing of this run
 
 
 def test_without_an_evaluation_the_last_training_batches_are_plotted(tmp_path: Path) -> None:
@@ -104,7 +187,8 @@ def test_training_curves_are_the_running_mean_of_the_history(tmp_path: Path) -> 
 
 
 def test_a_fit_of_no_steps_has_no_training_curves(tmp_path: Path) -> None:
-    assert names(draw(write_tiny_run(tmp_path / "run", steps=0))) == ["all_layers_comparison.png"]
+    without_curves = ["all_layers_comparison.png", "derivatives_by_layer.png"]
+    assert names(draw(write_tiny_run(tmp_path / "run", steps=0))) == without_curves
     run = write_tiny_run(tmp_path / "blind", steps=0, evaluation=False)
     with pytest.raises(UserError, match=r"neither held-out scores nor a training history.*evaluate"):
         draw(run)

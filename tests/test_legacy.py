@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from bases import tiny_neox, write_base_of_words
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny_run import write_tiny_run
 from tokenizers.pre_tokenizers import Whitespace
@@ -30,10 +31,9 @@ from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.recipe import Recipe, read_settings
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload import legacy
-from bilinear_tc.upload.figures import FIGURES, draw_figures
 from bilinear_tc.upload.legacy import ImportSettings, export_checkpoint, export_run, import_checkpoints
-from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.pt_checkpoint import read_checkpoint
+from bilinear_tc.upload.repository import build_repository
 
 WIDTH, HIDDEN, STEPS, SEQ_LEN = 16, 24, 7, 8
 WORDS = [f"w{i}" for i in range(40)]
@@ -186,8 +186,10 @@ def test_import_writes_a_run_that_can_be_published(tmp_path: Path, base: Path, t
     assert described["imported"]["checkpoint"] == f"transcoder_weights_l2_bilinear_muon_{STEPS}b.pt"
     assert described["imported"]["statistics_tokens"] == SEQ_LEN * 6 * 4
     assert not list(run.parent.glob(".run*"))
-    draw_figures(Run(run), run / FIGURES)
-    card = write_model_card(Run(run), run, repo_id="you/old", author=None).read_text()
+    folder = build_repository(Run(run), tmp_path / "set", repo_id="you/old", base_model="owner/base")
+    card = (folder / "README.md").read_text()
+    assert "license" not in ModelCard(card).data.to_dict()
+    assert "whoever published them has chosen none" in card
     assert "imported" in card
     assert "learning rate" not in card
     assert "padding counted like text" in card

@@ -86,7 +86,8 @@ def test_a_run_becomes_a_repository_in_one_commit_and_loads_from_it(
     done = publisher.command(run, "--repo_id", REPO, "--author", "Ada Lovelace", "--message", "First set")
     assert done.returncode == 0, done.output
     layers = {f"layer_{layer}/{name}" for layer in (0, 1) for name in LAYER_FILES}
-    figures = {"figures/all_layers_comparison.png", "figures/training_curves_overlaid_layers_0_1.png"}
+    drawn = ("all_layers_comparison", "derivatives_by_layer", "training_curves_overlaid_layers_0_1")
+    figures = {f"figures/{name}.png" for name in drawn}
     root = {
         "README.md",
         "config.json",
@@ -126,7 +127,9 @@ def test_each_file_of_the_run_is_read_once(run: Path, monkeypatch: pytest.Monkey
     check_publishable(opened)
     build_repository(opened, run / "repository")
     of_layers = {run / f"layer_{layer}" / name for layer in (0, 1) for name in LAYER_FILES - {"model.safetensors"}}
-    of_run = [path for path in read if run in path.parents and not path.parent.name.endswith(".partial")]
+    of_run = [
+        path for path in read if run in path.parents and not any(p.name.endswith(".partial") for p in path.parents)
+    ]
     assert sorted(of_run) == sorted({run / "recipe.yaml", run / "evaluation.json", *of_layers})
 
 
@@ -167,7 +170,8 @@ def test_an_update_removes_what_no_longer_belongs_in_the_same_commit(
     assert set(published(hub)) - set(foreign) == set(local_hashes(new / "repository"))
     assert set(foreign) <= set(published(hub))
     assert commits(hub) == 4
-    assert "6 removed" in done.stdout  # layer_2's four files, evaluation.json, the curves of layers 0 to 2
+    # layer_2's four files, evaluation.json, the figure of the derivatives, the curves of layers 0 to 2
+    assert "7 removed" in done.stdout
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

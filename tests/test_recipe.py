@@ -18,6 +18,24 @@ def test_no_arguments_mean_the_recipe_of_pythia_410m():
     assert (recipe.seq_len, recipe.batch_size, recipe.max_steps, recipe.init) == (128, 512, 3000, "mlp")
 
 
+def test_what_a_recipe_leaves_out_follows_from_the_rest():
+    """0.02 at 65,536 tokens a step, and a 16th of them half of it; the closed form's own statistics and derivative."""
+    assert (Recipe().lr, Recipe(batch_size=32).lr) == (0.02, 0.01)
+    assert (Recipe().normalization, Recipe().jvp) == ("running", 0.1)
+    random = Recipe(init="random")
+    assert (random.normalization, random.jvp) == ("batch", 0.0)
+    assert Recipe(init="random", jvp=0.5, normalization="running", lr=0.5).to_dict() == {
+        **random.to_dict(),
+        **{"jvp": 0.5, "normalization": "running", "lr": 0.5},
+    }
+
+
+def test_a_run_of_before_the_derivative_was_fitted_says_so(tmp_path):
+    settings = {name: value for name, value in Recipe().to_dict().items() if name != "jvp"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    assert Run(tmp_path).recipe.jvp == 0
+
+
 def test_a_flag_outranks_the_recipe_file_which_outranks_the_default(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 0.5\nseq_len: 64\npack: false\n")
@@ -106,8 +124,8 @@ def test_impossible_values_are_refused_in_a_sentence(arguments, sentence):
         ("batch_size: true", "batch_size must be a whole number, got True"),
         ("micro_batch_size: 2.5", "micro_batch_size must be a whole number or null, got 2.5"),
         ("seed: null", "seed must be a whole number, got null"),
-        ("lr: [1, 2]", "lr must be a number, got [1, 2]"),
-        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("lr: [1, 2]", "lr must be a number or null, got [1, 2]"),
+        ("lr: fast", "lr must be a number or null, got 'fast'"),
         ("momentum: true", "momentum must be a number, got True"),
         ("weight_decay: .nan", "weight_decay must be a finite number of at least 0, got nan"),
         ("pack: 1", "pack must be true or false, got 1"),

@@ -7,6 +7,7 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -36,8 +37,9 @@ from bilinear_tc.train.processes import (
 )
 from bilinear_tc.train.recipe import Recipe, parse_recipe
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
+from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
-from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches
+from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches, settled_bos
 
 CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried before they are saved
 
@@ -55,16 +57,18 @@ def fit(recipe: Recipe) -> None:
         on_main(lambda: held.enter_context(locked(run.folder)))
         on_main(lambda: take_over(run.folder))
         place = Run(on_main(lambda: workplace(run, recipe).folder))
-        on_main(lambda: place.check_continuable(recipe))
+        recipe = on_main(lambda: place.continued(recipe))
         if not on_main(lambda: is_finished(place, recipe)):
             on_main(lambda: check_text(recipe))
             base = Base.of_recipe(recipe, accelerator.device)
+            recipe = dataclasses.replace(recipe, bos=settled_bos(recipe, base.tokenizer))  # as the run tells
             recipe.n_hidden(base.n_inputs)
             base.stop_after_last_layer()
             on_main(lambda: place.begin(recipe))
             accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
             fit_layers(place, recipe, base, accelerator)
             if recipe.eval_split is not None:
+                keep_the_better(place, recipe, base, accelerator.device)
                 transcoders = [place.load(layer).float().to(accelerator.device) for layer in base.layers]
                 evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size)
                 on_main(lambda: place.write_evaluation(evaluation))
@@ -115,8 +119,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
         progress = Progress(recipe.max_steps, len(base.layers))
         checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})
 
-        def export() -> None:
-            on_main(lambda: export_layers(run, recipe, fitter, progress, batches.skipped))
+        def export(to: Run = run) -> None:
+            on_main(lambda: export_layers(to, recipe, fitter, progress, batches.skipped))
 
         def save() -> None:
             check_sound(fitter, progress.steps)
@@ -131,6 +135,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
             if recipe.init == "mlp":
                 progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
             save()
+        if recipe.init == "mlp" and progress.steps == 0 < recipe.max_steps:
+            export(start_of(run))
 
         title, total = f"fitting {len(base.layers)} layers", recipe.max_steps
         bar = tqdm(desc=title, initial=progress.steps, total=total, unit="step", disable=not is_main())
@@ -235,7 +241,7 @@ def print_result(run: Run, recipe: Recipe) -> None:
     if recipe.eval_split is None or run.evaluation is None:
         print(f"fitted {len(run.layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        print(fit_table(run.evaluation))
+        print(fit_table(run.evaluation, {layer: run.settings(layer)["fit"] for layer in run.layers}))
     if skipped := run.settings(run.layers[0]).get("fit", {}).get("skipped_rows"):
         print(f"rows of the text that were left out, for they held none or could not be read: {skipped}")
     print(

@@ -80,7 +80,10 @@ class Recipe:
     optimizer: Literal["muon", "normuon", "adamw"] = option(
         "muon", "The optimizer of the matrices; biases always use AdamW."
     )
-    lr: float = option(0.02, "Peak learning rate of the matrices.")
+    lr: float | None = option(
+        None,
+        "Peak learning rate of the matrices. Default: 0.02 at 65,536 tokens a step, and falls with their 4th root.",
+    )
     bias_lr: float = option(3e-4, "Peak learning rate of the biases.")
     lr_schedule: Literal["constant", "linear", "wsd"] = option(
         "linear", "The learning rate over the fit: constant, linear decay to 0, or warmup-stable-decay."
@@ -90,18 +93,29 @@ class Recipe:
         "classic", "Muon's polynomials: the same in all five steps, or one fitted to each step."
     )
     weight_decay: float = option(0.01, "Decoupled weight decay of the matrices.")
-    jvp: float = option(
-        0.0, "Weight of the derivative's error in the loss: along random directions, at a quarter of the tokens."
+    jvp: float | None = option(
+        None,
+        "Weight of the derivative's error in the loss: along random directions, at a quarter of the tokens. Default: "
+        "0.1 with --init mlp, else 0.",
     )
-    normalization: Literal["batch", "running"] = option(
-        "batch", "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far."
+    normalization: Literal["auto", "batch", "running"] = option(
+        "auto",
+        "The statistics of the fit's z-scores: each batch's own, or those of all rows seen so far. auto: running with "
+        "--init mlp, which solves for them, else batch.",
     )
     pack: bool = option(
         True,
         "Fill sequences with text, with an eos between documents. --no_pack cuts each document to one sequence "
         "and leaves its padding out of every statistic.",
     )
-    shuffle_buffer: int = option(0, "Sequences that are held back and drawn from at random. 0: the text's own order.")
+    bos: str = option(
+        "auto",
+        "What each sequence starts with: auto, whatever the tokenizer puts before a text; none; or a token's id. A run "
+        "goes on, and is measured, with what it was begun with.",
+    )
+    shuffle_buffer: int = option(
+        16384, "Sequences that are held back and drawn from at random. 0: the text's own order."
+    )
     tokenizer_workers: int | None = option(None, "Threads that tokenize text. Default: chosen from the cores.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
@@ -125,8 +139,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuses impossible values: UserError, with the field, what was expected and what came."""
-        if type(self.layers) is int:  # what YAML makes of `layers: 3`
-            self.layers = str(self.layers)
+        for name in ("layers", "bos"):
+            if type(getattr(self, name)) is int:  # what YAML makes of `layers: 3`
+                setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
         for name in ("base", "dataset", "eval_split", "output_dir"):
@@ -134,12 +149,19 @@ class Recipe:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
             self.eval_split = None
+        from_mlp = self.init == "mlp"
+        if self.jvp is None:
+            self.jvp = 0.1 if from_mlp else 0.0
+        if self.normalization == "auto":
+            self.normalization = "running" if from_mlp else "batch"
         at_least_0 = ("seed", "max_steps", "shuffle_buffer", "tokenizer_workers", "checkpoint_every")
         at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens")
         for name in (*at_least_0, *at_least_1):
             value, least = getattr(self, name), int(name in at_least_1)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
+        if self.lr is None:
+            self.lr = float(f"{0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25:.3g}")
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
             ("seed", self.seed < 2**64, "below 2 to the 64th, so as to fit in 64 bits"),
@@ -152,10 +174,12 @@ class Recipe:
         ):
             if not fits:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
-        if self.init == "mlp" and self.form != "bilinear":
+        if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
-        if self.init == "mlp" and not self.bias:
+        if from_mlp and not self.bias:
             raise UserError("init mlp needs biases, which carry its units' linear parts; without, use --init random")
+        if not re.fullmatch(r"auto|none|\d+(,\d+)*", self.bos):
+            raise UserError(f"bos must be auto, none or a token's id, got {self.bos!r}")
         self.layer_indices()
 
     def layer_indices(self) -> list[int] | None:
@@ -227,7 +251,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{path} sets {', '.join(unknown)}, which no recipe has")
     for name, hint in get_type_hints(Recipe).items():
-        if hint is float and isinstance(settings.get(name), str):
+        if float in (hint, *get_args(hint)) and isinstance(settings.get(name), str):
             with suppress(ValueError):
                 settings[name] = float(settings[name])  # PyYAML takes 1e-3 for text
     return settings

@@ -5,6 +5,7 @@ This file alone knows what a run's files are called and what they hold. `files.p
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tempfile
@@ -40,14 +41,15 @@ T = TypeVar("T")
 
 PACKAGE = Path(__file__).resolve().parent.parent
 CODE_FILES = ("configuration_bilinear_tc.py", "modeling_bilinear_tc.py")
-RECIPE = "recipe.yaml"
-EVALUATION = "evaluation.json"
+RECIPE, EVALUATION = "recipe.yaml", "evaluation.json"
 CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config.yaml", "history.parquet"
 LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
+START = "start"  # the layers as the fit began with them, among the checkpoints
 LOGS = "logs"  # the trackers', among the checkpoints
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
+UNRECORDED = {"max_steps": 0, "jvp": 0.0, "bos": "none"}  # what a recipe.yaml means that does not name them
 SETTLED_STEPS = 50  # a training batch's FVU is noisy: a history's final value is the mean over its last steps
 
 
@@ -100,9 +102,8 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
-        settings = self.recipe_settings
         try:
-            return Recipe(**{"max_steps": 0, **settings})
+            return Recipe(**{**UNRECORDED, **self.recipe_settings})
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 
@@ -131,20 +132,21 @@ class Run:
         """The held-out scores, None if nothing was measured; UserError with the first of `evaluation_problems`."""
         for problem in self.evaluation_problems:
             raise UserError(problem)
-        return None if self._evaluation_content is None else Evaluation.from_json(self._evaluation_content)
+        return None if self.evaluation_content is None else Evaluation.from_json(self.evaluation_content)
 
     @cached_property
     def evaluation_problems(self) -> list[str]:
         """All that is wrong with evaluation.json, a sentence each."""
         try:
-            content = self._evaluation_content
+            content = self.evaluation_content
         except ValueError as error:
             return [f"{self.folder / EVALUATION} is not readable JSON: {one_line(error)}; run train/evaluate.py again"]
         problems = [] if content is None else json_problems(content)
         return [f"{self.folder / EVALUATION}: {problem}; run train/evaluate.py again" for problem in problems]
 
     @cached_property
-    def _evaluation_content(self) -> Any:
+    def evaluation_content(self) -> Any:
+        """evaluation.json as it stands, None if there is none."""
         path = self._file(EVALUATION)
         return None if path is None else read_json(path)
 
@@ -242,8 +244,9 @@ class Run:
                 "permission; name another with --output_dir"
             ) from error
 
-    def check_continuable(self, recipe: Recipe) -> None:
-        """Raises UserError, naming the settings that differ, if the run was begun with a recipe of other results."""
+    def continued(self, recipe: Recipe) -> Recipe:
+        """The recipe to go on with, or begin: it leaves an open `bos` to the run. UserError, naming the settings that
+        differ, if the run was begun with a recipe of other results."""
         layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
         if not recipe.resume and self.is_finished and not recipe.overwrite:
             raise UserError(
@@ -251,13 +254,12 @@ class Run:
                 "add --overwrite"
             )
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
-            return
-        before = self.recipe_settings
-        differing = [
-            f"{name} was {before.get(name)}, is {value}"
-            for name, value in recipe.to_dict().items()
-            if name not in FREE_SETTINGS and before.get(name, getattr(Recipe, name)) != value  # as before it existed
-        ]
+            return recipe
+        before = self.recipe.to_dict()
+        if recipe.bos == "auto":
+            recipe = dataclasses.replace(recipe, bos=before["bos"])
+        now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
+        differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
         if differing:
             raise UserError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
@@ -268,6 +270,7 @@ class Run:
                 f"{self.folder} holds layers that are not fitted to the end, and no checkpoint to resume from: name "
                 "another --output_dir, or --no_resume to start it anew"
             )
+        return recipe
 
     @property
     def exported_step(self) -> int | None:
@@ -317,7 +320,8 @@ class Run:
         files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
         for file in [*files, *self.folder.glob(f"{CHECKPOINTS}/step_*.pt")]:
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.folder / CHECKPOINTS / LOGS, ignore_errors=True)
+        for name in (LOGS, START):
+            shutil.rmtree(self.folder / CHECKPOINTS / name, ignore_errors=True)
         for folder in [*folders, self.folder / CHECKPOINTS]:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -344,16 +348,20 @@ class Run:
                 (self.folder / void).unlink(missing_ok=True)
             for transcoder, history in zip(transcoders, histories, strict=True):
                 self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
-            folders = [self.layer_folder(transcoder.config.layer_index) for transcoder in transcoders]
-            hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
-            with written_whole(self.folder) as scratch:
-                write_json({"step": facts["steps"], "sha256": hashes}, scratch / EXPORTED)
+            self.note_export(facts["steps"])
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
                 f"the layers could not all be written to {self.folder} ({reason}): those that are there "
                 "are whole, and so are the checkpoints; make room on the disk and run the same command to resume"
             ) from error
+
+    def note_export(self, step: int) -> None:
+        """Writes down that all layers stand at a step, and what their files are."""
+        folders = [self.layer_folder(layer) for layer in self.layers]
+        hashes = {f"{folder.name}/{name}": sha256_of(folder / name) for folder in folders for name in LAYER_FILES}
+        with written_whole(self.folder) as scratch:
+            write_json({"step": step, "sha256": hashes}, scratch / EXPORTED)
 
     def write_layer(self, transcoder: BilinearTC, history: History, settings: dict[str, Any]) -> None:
         """Writes one layer's folder: the model, its settings for a reader, and its history."""

@@ -8,27 +8,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
-from bilinear_tc.upload.tables import format_fvu, layer_ranges
+from bilinear_tc.upload.tables import best_and_hardest, format_fvu, fvu_words, headline, layer_ranges
 
 FIGURES = "figures"
 COMPARISON = "all_layers_comparison.png"
+DERIVATIVES = "derivatives_by_layer.png"
 CURVES_STEM = "training_curves_overlaid_layers"
 LAYERS_A_FIGURE = 6
 
+Lines = dict[str, tuple[dict[int, float], dict[str, Any]]]  # by name: values by layer, and their look
+
 STYLE = Path(__file__).with_suffix(".mplstyle")
 BILINEAR: dict[str, Any] = {"color": "#0b4f8a", "marker": "o", "linestyle": "-"}
+BESIDE: dict[str, Any] = {"color": "#009e73", "marker": "D", "linestyle": (0, (1, 1)), "markerfacecolor": "white"}
+BESIDE["zorder"] = 1.9  # below the line that it may coincide with
 AFFINE: dict[str, Any] = {"color": "#c2570c", "marker": "s", "linestyle": (0, (3, 1.5)), "markerfacecolor": "white"}
 
 # Colors from Okabe and Ito's color-blind-safe set (its yellow and sky blue left out, too pale for print);
@@ -50,17 +55,22 @@ def draw_figures(run: Run, folder: Path) -> list[Path]:
     written.
 
     Returns:
-        The files written: `all_layers_comparison.png`, then `training_curves_overlaid_layers_{a}_{b}.png` for
-        every six layers that have a training history (a fit of no steps has none).
+        The files written: `all_layers_comparison.png`; `derivatives_by_layer.png`, if the derivatives were measured;
+        then `training_curves_overlaid_layers_{a}_{b}.png` for every six layers that have a training history (a fit of
+        no steps has none).
     """
     with written_whole(folder) as scratch, matplotlib.rc_context(fname=STYLE):
         save(comparison(run.scores), scratch / COMPARISON)
         names = [COMPARISON]
+        if run.scores.values("jacobian_cosine"):
+            save(derivatives(run.scores), scratch / DERIVATIVES)
+            names.append(DERIVATIVES)
         for six in sixes(run.layers):
             if curves := {layer: run.history(layer) for layer in six if len(run.history(layer)["step"])}:
                 save(training_curves(curves), scratch / curves_name(six))
                 names.append(curves_name(six))
-    for stale in {path.name for path in folder.glob(f"{CURVES_STEM}_*.png")} - set(names):
+    drawn = {DERIVATIVES, *(path.name for path in folder.glob(f"{CURVES_STEM}_*.png"))}
+    for stale in {name for name in drawn if (folder / name).is_file()} - set(names):
         (folder / stale).unlink()
     return [folder / name for name in names]
 
@@ -78,14 +88,14 @@ def curves_name(layers: Sequence[int]) -> str:
 
 def described_figures(run: Run) -> Iterator[dict[str, str]]:
     """File name, alternative text and caption of each figure that a run can have."""
-    scores = run.scores
-    fvu, affine = scores.values("fvu"), scores.mean("fvu_linear")
-    best, hardest = min(fvu, key=fvu.__getitem__), max(fvu, key=fvu.__getitem__)
-    measured = f"{origin(scores)} FVU"
+    scores, affine = run.scores, run.scores.mean("fvu_linear")
+    fvu, (best, hardest) = scores.values(headline(scores)), best_and_hardest(scores)
+    ordinary = headline(scores) != "fvu"
+    measured, name = f"{origin(scores)} FVU" + " on ordinary tokens and on all" * ordinary, fvu_words(scores)
     extent = (
-        f"FVU runs from {format_fvu(fvu[best])} at layer {best} to {format_fvu(fvu[hardest])} at layer {hardest}"
+        f"{name} runs from {format_fvu(fvu[best])} at layer {best} to {format_fvu(fvu[hardest])} at layer {hardest}"
         if best != hardest
-        else f"FVU is {format_fvu(fvu[best])} at layer {best}"
+        else f"{name} is {format_fvu(fvu[best])} at layer {best}"
     )
     average = " on average" if len(fvu) > 1 else ""
     beside = f"; the best affine map's is {format_fvu(affine)}{average}" if affine is not None else ""
@@ -93,8 +103,22 @@ def described_figures(run: Run) -> Iterator[dict[str, str]]:
     yield {
         "name": COMPARISON,
         "alt": f"{measured} (log scale) and variance explained by layer. {extent}{beside}.",
-        "caption": f"{measured} and variance explained of every layer{beside_map}.",
+        "caption": f"{measured}, and variance explained, of every layer{beside_map}."
+        + " Where the two FVUs part, a few massive tokens carry the one on all tokens." * ordinary,
     }
+    cosines, worst = scores.values("jacobian_cosine"), scores.values("interchange_worst")
+    if cosines:
+        low = min(cosines, key=cosines.__getitem__)
+        lowest = min(worst, key=worst.__getitem__) if worst else None
+        r2 = "" if lowest is None else f"; the worst interchange R² is lowest at layer {lowest} ({worst[lowest]:.3f})"
+        yield {
+            "name": DERIVATIVES,
+            "alt": f"Jacobian cosine{' and worst interchange R²' if worst else ''} by layer. The cosine is lowest at "
+            f"layer {low} ({cosines[low]:.3f}){r2}.",
+            "caption": "How far the weights can be read: the cosine of each layer's Jacobian with its MLP's"
+            + ", and the lowest R² of a predicted change, where 0 is what predicting none would get" * bool(worst)
+            + ".",
+        }
     for six in sixes(run.layers):
         ends = {layer: run.final_scores(layer).fvu for layer in six if len(run.history(layer)["step"])}
         values = ", ".join(f"{format_fvu(value)} at layer {layer}" for layer, value in ends.items())
@@ -117,33 +141,71 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def comparison(scores: Evaluation) -> Figure:
-    """FVU (log scale) and variance explained of every layer, beside the best affine map's if it is known."""
+    """FVU (log scale) and variance explained by layer, on ordinary and on all tokens, beside the best affine map's, as
+    far as they are known."""
     figure = Figure(figsize=(6.75, 2.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    affine = scores.values("fvu_linear")
-    draw_layers(left, scores.values("fvu"), affine)
+    on_all, affine = scores.values("fvu"), scores.values("fvu_linear")
+    lines: Lines = {"bilinear transcoder": (on_all, BILINEAR), "best affine map": (affine, AFFINE)}
+    if headline(scores) == "fvu_ordinary":
+        ordinary = {"ordinary tokens": (scores.values("fvu_ordinary"), BILINEAR)}
+        lines = ordinary | {"all tokens": (on_all, BESIDE), "best affine map, all tokens": (affine, AFFINE)}
+    draw_layers(left, lines)
     left.set(yscale="log", ylabel=f"{origin(scores)} FVU")
     log_ticks(left)
-    explained = {layer: 100 * value for layer, value in scores.values("variance_explained").items()}
-    draw_layers(right, explained, {layer: 100 * (1 - fvu) for layer, fvu in affine.items()})
+    explained = {
+        name: ({layer: 100 * (1 - v) for layer, v in fvu.items()}, look) for name, (fvu, look) in lines.items()
+    }
+    draw_layers(right, explained)
     right.set(ylabel=f"{origin(scores)}\nvariance explained (%)", ylim=(None, 100))
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=3.2)
     return figure
 
 
-def draw_layers(axes: Axes, bilinear: dict[int, float], affine: dict[int, float]) -> None:
-    """One value a layer for the transcoders and, if known, the affine maps; the transcoders' mean dotted."""
-    size = 3.8 if len(bilinear) <= 24 else 2.6
-    for values, style, name in ((bilinear, BILINEAR, "bilinear transcoder"), (affine, AFFINE, "best affine map")):
+def derivatives(scores: Evaluation) -> Figure:
+    """Jacobian cosines of every layer and, if they were measured, the R² of predicted changes (below −1 log scale)."""
+    cosines, between = scores.values("jacobian_cosine"), scores.values("jacobian_cosine_data")
+    worst, halfway = scores.values("interchange_worst"), scores.values("halfway")
+    panels: list[Lines] = [{"random directions": (cosines, BILINEAR), "between tokens": (between, BESIDE)}]
+    if worst or halfway:
+        panels.append({"worst interchange": (worst, BILINEAR), "half way to another token": (halfway, AFFINE)})
+    figure = Figure(figsize=(3.4 * len(panels), 2.7), layout="constrained")
+    left, *rest = np.atleast_1d(figure.subplots(1, len(panels)))
+    draw_layers(left, panels[0], mean=False)
+    left.set(ylabel="Jacobian cosine", ylim=(min(0, *cosines.values(), *between.values()), 1))
+    for right in rest:
+        draw_layers(right, panels[1], mean=False)
+        right.axhline(0, color="#404040", linewidth=0.8, zorder=1)
+        low = min(-0.2, 1.2 * min(*worst.values(), *halfway.values(), 0))
+        below = [-(10.0**power) for power in range(1, 1 + int(np.log10(max(1, -low))))] or [-5, -2]
+        right.set_yscale("symlog", linthresh=1)
+        right.set(ylabel="R² of the predicted change", ylim=(low, 1))
+        right.set_yticks([tick for tick in (*below, -1, -0.5, 0, 0.5, 1) if tick >= low], minor=False)
+        right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        right.yaxis.set_minor_locator(NullLocator())
+    sides: list[Literal["outside upper left", "outside upper right"]] = ["outside upper left", "outside upper right"]
+    for axes, side in zip((left, *rest), sides, strict=False):
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=side, ncols=2, handlelength=2.8)
+    return figure
+
+
+def draw_layers(axes: Axes, lines: Lines, mean: bool = True) -> None:
+    """One value a layer of each line that has any; the mean of the first dotted."""
+    first = next(iter(lines.values()))[0]
+    size = 3.8 if len(first) <= 24 else 2.6
+    for name, (values, look) in lines.items():
         if values:
-            axes.plot(*with_gaps(values), label=name, markersize=size, clip_on=False, **style)
-    if len(bilinear) > 1:
-        mean = float(np.mean(list(bilinear.values())))
-        axes.axhline(mean, color="#404040", linewidth=0.8, linestyle=":", label="transcoders' mean", zorder=1)
-    axes.set(xlabel="Layer", xlim=(min(bilinear) - 0.7, max(bilinear) + 0.7))
-    if len(bilinear) <= 12:
-        axes.set_xticks(list(bilinear))
+            axes.plot(*with_gaps(values), label=name, markersize=size, clip_on=False, **look)
+    if mean and len(first) > 1:
+        height = float(np.mean(list(first.values())))
+        name = f"mean, {next(iter(lines))}"
+        axes.axhline(height, color="#404040", linewidth=0.8, linestyle=":", label=name, zorder=1)
+    layers = {layer for values, _ in lines.values() for layer in values}
+    axes.set(xlabel="Layer", xlim=(min(layers) - 0.7, max(layers) + 0.7))
+    if len(layers) <= 12:
+        axes.set_xticks(sorted(layers))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, steps=[1, 2, 3, 4, 5, 10]))
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -16,23 +15,20 @@ from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import STATISTICS
 from bilinear_tc.train import run as files
-from bilinear_tc.train.base import base_location
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
-from bilinear_tc.train.text.documents import PYTHON_STDLIB
 from bilinear_tc.upload import tables
+from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import FIGURES, described_figures
-from bilinear_tc.upload.findings import findings
+from bilinear_tc.upload.findings import distrust, findings
+from bilinear_tc.upload.names import HUB, described_base, described_text
 
-HUB = "https://huggingface.co"
-LICENSE = "mit"
+PREDECESSOR = "Elriggs/hnn_transcoders"
 NOTES_AT = 40  # column of the notes in the repository's tree
-PYTHON_STDLIB_NAME = "the Python standard library's source"
 FILE_NOTES = {
     REPOCARD_NAME: "this card",
     **dict(zip(files.CODE_FILES, ("the configuration class", "the model class"), strict=True)),
@@ -46,21 +42,30 @@ FILE_NOTES = {
 
 
 def write_model_card(
-    run: Run, repository: Path, *, repo_id: str | None, author: str | None, cast_to: str | None = None
+    run: Run,
+    *,
+    repo_id: str | None = None,
+    author: str | None = None,
+    base_card: BaseCard | None = None,
+    license: str | None = None,
+    cast_to: str | None = None,
 ) -> Path:
-    """Writes README.md into a repository folder, once everything else is in it; returns the file.
+    """Writes README.md into a repository folder, which is a run, once everything else is in it; returns the file.
 
     UserError if the run has no layers, its files are not readable, the card does not pass `check_card`, or it cannot be
     written.
 
     Args:
-        run: the run that the repository was built from.
-        repository: the folder, laid out like a run; the card shows its figures and links to its files.
+        run: the folder, whose names are those to publish; the card shows its figures and links to its files.
         repo_id: where it will be published; without it the snippets load from the current folder.
         author: the name in the citation; by default the owner in `repo_id`.
+        base_card: what the base says of itself.
+        license: of the weights; by default the base's, if they are made of its own and it names one.
         cast_to: the weights' dtype, if it is another than the one that they were measured in.
     """
-    context = card_context(run, repository, repo_id=repo_id, author=author) | {"cast_to": cast_to}
+    context = card_context(run, repo_id=repo_id, author=author) | {"cast_to": cast_to}
+    context |= licensing(context["settings"]["init"], license, (base_card or BaseCard()).license)
+    context["architecture"] = base_card and base_card.model_type
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -70,10 +75,10 @@ def write_model_card(
     )
     body = environment.get_template("model_card.md.jinja").render(context)
     card = f"---\n{card_data(context, run.scores).to_yaml()}\n---\n\n{body}"
-    check_card(card, repository)
-    with written_whole(repository) as scratch:
+    check_card(card, run.folder)
+    with written_whole(run.folder) as scratch:
         (scratch / REPOCARD_NAME).write_text(card, encoding="utf-8", newline="\n")
-    return repository / REPOCARD_NAME
+    return run.folder / REPOCARD_NAME
 
 
 def check_card(card: str, repository: Path) -> None:
@@ -111,33 +116,45 @@ def card_data(context: dict[str, Any], scores: Evaluation) -> ModelCardData:
         "dataset_split": scores.split,
     }
     kind = "held out" if scores.held_out else "training batches"
+    names = {
+        "fvu_ordinary": "FVU on ordinary tokens",
+        "fvu": "FVU",
+        "variance_explained": "Variance explained",
+        "jacobian_cosine": "Jacobian cosine",
+    }
+    families = dict.fromkeys(filter(None, [context["config"].model_type, base["family"], context["architecture"]]))
     return ModelCardData(
         base_model=base["name"] if base["url"] else None,
         datasets=[context["fitted_on"]["name"]] if context["fitted_on"]["url"] else None,
         library_name="transformers",
-        license=LICENSE,
-        tags=["mechanistic-interpretability", "transcoding", "bilinear", base["family"], "mlp"],
+        tags=["mechanistic-interpretability", "transcoding", "bilinear", *families, "mlp"],
+        **context["license"],
         model_name=context["slug"],
         eval_results=[
             EvalResult(
-                **source,
-                metric_type=score,
-                metric_name=f"{name} ({mean}, {kind})",
-                metric_value=round(fmean(scores.values(score).values()), 6),
+                **source, metric_type=score, metric_name=f"{name} ({mean}, {kind})", metric_value=round(mean_score, 6)
             )
-            for score, name in (("fvu", "FVU"), ("variance_explained", "Variance explained"))
+            for score, name in names.items()
+            if (mean_score := scores.mean(score)) is not None
         ],
     )
 
 
-def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str | None) -> dict[str, Any]:
+def licensing(init: str | None, license: str | None, of_base: dict[str, str]) -> dict[str, Any]:
+    """The license of the weights, and whether they are made of the base's own, as the closed form is."""
+    derived = init != "random"
+    named = {"license": license} if license else of_base if derived else {}
+    return {"license": named, "derived": derived, "base_license": of_base.get("license")}
+
+
+def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[str, Any]:
     """Everything that the template prints."""
-    scores, layers = run.scores, run.layers
+    scores, layers, repository = run.scores, run.layers, run.folder
     example = 3 if 3 in layers else layers[0]
     config = run.config(example)
     settings = defaultdict(lambda: None, run.recipe_settings | run.settings(example))  # None: not recorded
-    base = describe_base(config, settings)
-    fitted_on = describe_text(settings.get("dataset"))
+    base = described_base(config.base_model or settings["base"]) | {"revision": config.base_revision}
+    fitted_on = described_text(settings["dataset"])
     longest = max(len(run.history(layer)["step"]) for layer in layers)
     figures = [figure for figure in described_figures(run) if (repository / FIGURES / figure["name"]).is_file()]
     return {
@@ -153,62 +170,24 @@ def card_context(run: Run, repository: Path, *, repo_id: str | None, author: str
         "base": base,
         "config": config,
         "fitted_on": fitted_on,
-        "text": describe_text(scores.dataset),
+        "text": described_text(scores.dataset),
         "scores": scores,
         "settled_steps": min(files.SETTLED_STEPS, longest),
         "settings": settings,
         "fit": defaultdict(lambda: None, settings.get("fit") or {}),
+        "kept_starts": [layer for layer in layers if (run.settings(layer).get("fit") or {}).get("kept") == "start"],
         "tables": tables,
         "figures": figures,
         "tree": "\n".join([".", *repository_tree(repository, layers)]),
         "has_history": longest > 0,
         "checkpoint": next((path.name for path in sorted((repository / f"layer_{example}").glob("*.pt"))), None),
         "findings": findings(scores),
+        "distrust": [*distrust(scores)],
+        "predecessor": f"[{PREDECESSOR}]({HUB}/{PREDECESSOR})",
         "statistics": STATISTICS,
         "files": files,
         "figures_folder": FIGURES,
     }
-
-
-def describe_base(config: BilinearTCConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """How the card names the base: a Hub id with its link, or the name of a local folder without one.
-
-    `family` is the tag: the id's name without its size (`EleutherAI/pythia-410m` → pythia), or for a local base the
-    architecture that its module paths begin with (`gpt_neox.layers.3.mlp` → gpt_neox).
-    """
-    name = config.base_model or settings.get("base") or "an unnamed base"
-    on_hub = is_hub_id(name) and base_location(name) == name and not Path(name).exists()
-    described = describe(name, f"{HUB}/{name}" if on_hub else None, "a local model")
-    without_size = re.split(r"-\d", described["short"], maxsplit=1)[0].lower()
-    architecture = (config.mlp_path or "transformer").split(".")[0]
-    return described | {"revision": config.base_revision, "family": without_size if on_hub else architecture}
-
-
-def describe_text(dataset: str | None) -> dict[str, Any]:
-    """How the card names a text source: a Hub id with its link, or the name of local files without one."""
-    if dataset is None:
-        return {"name": "unnamed text", "link": "unnamed text", "url": None, "slug": "unnamed"}
-    if dataset == PYTHON_STDLIB:
-        return {"name": PYTHON_STDLIB_NAME, "link": PYTHON_STDLIB_NAME, "url": None, "slug": dataset}
-    is_file = re.search(r"\.(txt|jsonl?|zst|gz|parquet|py|csv)$|[*,]", dataset)
-    on_hub = is_hub_id(dataset) and not is_file and not Path(dataset).exists()
-    described = describe(dataset, f"{HUB}/datasets/{dataset}" if on_hub else None, "local files")
-    slug = re.sub(r"[^\w.-]+", "-", described["short"]).strip("-.") or "local"
-    return described | ({"slug": dataset} if on_hub else {"name": described["short"], "slug": slug})
-
-
-def describe(name: str, url: str | None, local: str) -> dict[str, Any]:
-    """What has a page on the Hub by its id and a link to it, anything else by its own name alone."""
-    short = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return {"name": name, "short": short, "url": url, "link": f"[{name}]({url})" if url else f"`{short}` ({local})"}
-
-
-def is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def repository_tree(repository: Path, layers: Sequence[int]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.errors import UserError, command_line, one_line
 from bilinear_tc.train.files import locked, sha256_of
 from bilinear_tc.train.run import WEIGHTS, Run
+from bilinear_tc.upload.base_card import PLAIN, read_base_card
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State
+from bilinear_tc.upload.names import is_hub_id
 from bilinear_tc.upload.others import ask, layers_in, losses, own_card, shortened, with_kept_card
 from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
 
@@ -36,6 +39,14 @@ class Publication:
     tag: str | None = field(default=None, metadata={"help": "A tag for the published commit."})
     message: str | None = field(default=None, metadata={"help": "The commit's message."})
     author: str | None = field(default=None, metadata={"help": "The name in the card's citation."})
+    base_model: str | None = field(default=None, metadata={"help": "The Hub id of a base that lay in a folder."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "The license of the weights, as the Hub spells it. Default: the base's, whose weights the set "
+            "starts from; none if it starts from noise, or the base's card names none."
+        },
+    )
     card: str | None = field(
         default=None, metadata={"help": "A card of your own to publish in place of the written one."}
     )
@@ -68,6 +79,10 @@ class Publication:
                 raise HFValidationError("it names no owner")
         except HFValidationError as error:
             raise UserError(f"--repo_id must read like you/name, got {self.repo_id!r}: {one_line(error)}") from error
+        if self.base_model is not None and (not is_hub_id(self.base_model) or "/" not in self.base_model):
+            raise UserError(f"--base_model must be a Hub id that reads like owner/name, got {self.base_model!r}")
+        if self.license is not None and not re.fullmatch(PLAIN["license"], self.license):
+            raise UserError(f"--license must read as the Hub spells it, such as apache-2.0, got {self.license!r}")
         if self.save_dtype not in (None, *DTYPES):
             raise UserError(f"--save_dtype must be one of {', '.join(DTYPES)}, got {self.save_dtype!r}")
         if self.create_pr and self.tag:
@@ -88,7 +103,8 @@ def publish(run: Run, settings: Publication) -> State | None:
     hub = HubRepository(
         settings.repo_id, settings.revision, keep_layers=keep_layers, attempts=1 if settings.dry_run else 5
     )
-    check_publishable(run, allow_partial=settings.allow_partial, offline=settings.dry_run and not hub.answers())
+    offline = settings.dry_run and not hub.answers()
+    check_publishable(run, settings.base_model, allow_partial=settings.allow_partial, offline=offline)
     if not settings.dry_run:
         hub.check_token()
     folder = build_repository(
@@ -96,6 +112,9 @@ def publish(run: Run, settings: Publication) -> State | None:
         run.folder / FOLDER,
         repo_id=settings.repo_id,
         author=settings.author,
+        base_model=settings.base_model,
+        base_card=read_base_card(run, settings.base_model, offline=offline),
+        license=settings.license,
         card=own_card(run.folder / FOLDER, settings.card, overwrite=settings.overwrite),
         save_dtype=settings.save_dtype,
         with_pt=settings.with_pt,

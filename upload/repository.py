@@ -37,8 +37,10 @@ from bilinear_tc.train.run import (
     Run,
     save_weights,
 )
-from bilinear_tc.upload.figures import COMPARISON, FIGURES, curves_name, draw_figures
+from bilinear_tc.upload.base_card import BaseCard
+from bilinear_tc.upload.figures import COMPARISON, DERIVATIVES, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
+from bilinear_tc.upload.names import published_base, renamed
 from bilinear_tc.upload.pt_checkpoint import checkpoint_name, export_checkpoint
 from bilinear_tc.upload.stamp import stamped
 
@@ -59,6 +61,7 @@ PATHS = (
     RECIPE,
     EVALUATION,
     f"{FIGURES}/{COMPARISON}",
+    f"{FIGURES}/{DERIVATIVES}",
     f"{FIGURES}/{curves_name([0])}",
     *(f"layer_0/{name}" for name in (*LAYER_FILES, checkpoint_name(0, "muon", 0))),
 )
@@ -86,11 +89,14 @@ class LocalFile:
     git_oid: str
 
 
-def check_publishable(run: Run, *, allow_partial: bool = False, offline: bool = False) -> None:
+def check_publishable(
+    run: Run, base_model: str | None = None, *, allow_partial: bool = False, offline: bool = False
+) -> None:
     """Finds a run fit to publish, or says all that is wrong with it.
 
     Args:
         run: the run, in a folder.
+        base_model: the Hub id of a base that lay in a folder.
         allow_partial: let layers that the recipe names be missing, or fitted for fewer steps than it says.
         offline: do not wait for a network to tell how many layers the base has.
 
@@ -100,7 +106,7 @@ def check_publishable(run: Run, *, allow_partial: bool = False, offline: bool = 
     """
     problems = [problem for layer in run.layers for problem in layer_problems(run, layer)]
     problems += [*run.export_problems(), *foreign_links(run), *unprintable_words(run), *disagreements(run)]
-    problems += score_problems(run)
+    problems += [*score_problems(run), *refusal(published_base, run, base_model)]
     problems += refusal(lambda: run.recipe) or recipe_problems(run, allow_partial, offline)
     if problems:  # the same may keep several things from being read
         raise UnfitRun("\n  ".join([f"{run.where} cannot be published as it is:", *dict.fromkeys(problems)]))
@@ -269,26 +275,28 @@ def build_repository(
     *,
     repo_id: str | None = None,
     author: str | None = None,
+    base_model: str | None = None,
+    base_card: BaseCard | None = None,
+    license: str | None = None,
     card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
 ) -> Path:
-    """Builds the repository folder anew, whole or not at all.
+    """Builds the repository folder anew, whole or not at all, and returns it.
 
     Args:
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
-        repo_id, author: for the card.
+        repo_id, author, license, base_card: for the card.
+        base_model: the Hub id of a base that lay in a folder.
         card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
 
-    Returns:
-        The folder.
-
     Raises:
-        UserError: a layer's weights do not fit `save_dtype`, or the folder cannot be written.
+        UserError: weights do not fit `save_dtype`, readers do not have the base, or the folder cannot be written.
     """
+    base = published_base(run, base_model)
     for partial in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process that was killed
         shutil.rmtree(partial, ignore_errors=True)
     with written_whole(folder, replace=True) as scratch:
@@ -296,18 +304,19 @@ def build_repository(
             shutil.copyfile(PACKAGE / name, scratch / name)
         pointer = {"model_type": BilinearTCConfig.model_type, "auto_map": AUTO_MAP, "layers": run.layers}
         write_json(pointer, scratch / CONFIG)
-        add_settings(run.recipe_settings, run.folder / RECIPE, scratch / RECIPE)
+        add_renamed(run.recipe_settings, base, run.folder / RECIPE, scratch / RECIPE)
         if run.evaluation is not None:
-            link_or_copy(run.folder / EVALUATION, scratch / EVALUATION)
+            add_renamed(run.evaluation_content, base, run.folder / EVALUATION, scratch / EVALUATION)
         repository = Run(scratch)
-        casts = [add_layer(run, layer, repository.layer_folder(layer), save_dtype) for layer in run.layers]
+        casts = [add_layer(run, layer, repository.layer_folder(layer), base, save_dtype) for layer in run.layers]
         if with_pt:
             for layer in run.layers:
                 export_checkpoint(repository, layer, repository.layer_folder(layer))
-        draw_figures(run, scratch / FIGURES)
+        draw_figures(repository, scratch / FIGURES)
         readme = scratch / REPOCARD_NAME
         if card is None:
-            write_model_card(run, scratch, repo_id=repo_id, author=author, cast_to=save_dtype if any(casts) else None)
+            said: dict[str, Any] = {"repo_id": repo_id, "author": author, "license": license, "base_card": base_card}
+            write_model_card(repository, **said, cast_to=save_dtype if any(casts) else None)
             text = stamped(readme.read_text(encoding="utf-8"), "generated")
         else:
             text = stamped(card, "own")
@@ -315,17 +324,18 @@ def build_repository(
     return folder
 
 
-def add_layer(run: Run, layer: int, target: Path, save_dtype: str | None) -> bool:
+def add_layer(run: Run, layer: int, target: Path, base: str | None, save_dtype: str | None) -> bool:
     """Puts one layer into the repository folder; returns whether its weights were cast for that."""
     source = run.layer_folder(layer)
     target.mkdir()
-    add_settings(run.settings(layer), source / SETTINGS, target / SETTINGS)
+    add_renamed(run.settings(layer), base, source / SETTINGS, target / SETTINGS)
     link_or_copy(source / HISTORY, target / HISTORY)
     before = saved_dtype(run, layer)
     dtype = DTYPES[save_dtype] if save_dtype else before
     if dtype == before and (source / WEIGHTS).is_file():
-        for name in (CONFIG, WEIGHTS):
-            link_or_copy(source / name, target / name)
+        config = {} if run.config(layer).base_model == base else read_json(source / CONFIG)
+        add_renamed(config, base, source / CONFIG, target / CONFIG)
+        link_or_copy(source / WEIGHTS, target / WEIGHTS)
         return False
     model = load_layer(run, layer, dtype)
     overflowing = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
@@ -334,16 +344,17 @@ def add_layer(run: Run, layer: int, target: Path, save_dtype: str | None) -> boo
             f"{', '.join(overflowing)} of {source.name} cannot be published as {save_dtype}, whose largest number is "
             f"{torch.finfo(dtype).max:g}: choose another --save_dtype"
         )
+    model.config.base_model = base
     save_weights(model, target)  # in one file
     return dtype != before
 
 
-def add_settings(settings: dict[str, Any], source: Path, target: Path) -> None:
-    """Puts a file of settings into the repository folder, without where the run lies on this machine."""
-    if settings.get("output_dir") is None:
+def add_renamed(content: dict[str, Any], base: str | None, source: Path, target: Path) -> None:
+    """Puts a file, which holds `content`, into the repository folder, without a path of this machine."""
+    if (published := renamed(content, base)) == content:
         link_or_copy(source, target)
     else:
-        write_yaml({name: value for name, value in settings.items() if name != "output_dir"}, target)
+        (write_json if target.suffix == ".json" else write_yaml)(published, target)
 
 
 def saved_dtype(run: Run, layer: int) -> torch.dtype:

@@ -80,7 +80,7 @@ class Fitter:
                 rows += self.activations.count()
                 yield self.activations
 
-        closed_form_start(self.stack, self.base, calibration, self.tangents, self.recipe.jvp)
+        closed_form_start(self.stack, self.base, calibration, self.tangents, self.recipe.jvp or 0.0)
         return rows
 
     def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
@@ -108,7 +108,7 @@ class Fitter:
             if self.tangents is not None:
                 self.tangents.begin(number, self.activations)
             errors = self.stack.accumulate(
-                self.activations, inputs, outputs, rows, self.micro_rows, self.tangents, self.recipe.jvp
+                self.activations, inputs, outputs, rows, self.micro_rows, self.tangents, self.recipe.jvp or 0.0
             )
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from bilinear_tc.train.measuring.evaluation import Evaluation
@@ -11,6 +13,7 @@ Columns = dict[str, tuple[str, str]]  # a score: its heading, its format
 
 FIT_COLUMNS: Columns = {
     "fvu": ("FVU", ".4f"),
+    "fvu_start": ("at the start", ".4f"),
     "fvu_ordinary": ("ordinary tokens", ".4f"),
     "fvu_linear": ("best affine map", ".4f"),
     "jacobian_cosine": ("Jacobian cosine", ".3f"),
@@ -24,12 +27,28 @@ LOSS_COLUMNS: Columns = {
 }
 
 
-def fit_table(evaluation: Evaluation) -> str:
-    """The table of what a fit reached, and of what a reader should know that is in no column."""
-    rows = {str(layer): of_row(scores, FIT_COLUMNS) for layer, scores in evaluation.layers.items()}
-    rows["mean"] = {score: evaluation.mean(score) for score in FIT_COLUMNS} | evaluation.mean_se
+def fit_table(evaluation: Evaluation, fits: Mapping[int, Mapping[str, Any]] = MappingProxyType({})) -> str:
+    """The table of what a fit reached, and of what a reader should know that is in no column.
+
+    Args:
+        evaluation: what was measured.
+        fits: the `fit` of the layers' config.yaml, which may know their FVU at the start of the fit.
+    """
+    starts = {layer: fit["fvu_start"] for layer, fit in fits.items() if "fvu_start" in fit}
+    columns = {score: column for score, column in FIT_COLUMNS.items() if score != "fvu_start" or starts}
+    rows = {
+        str(layer): of_row(scores, columns) | {"fvu_start": starts.get(layer)}
+        for layer, scores in evaluation.layers.items()
+    }
+    means = {score: evaluation.mean(score) for score in columns if score != "fvu_start"} | evaluation.mean_se
+    rows["mean"] = means | {"fvu_start": fmean(starts.values()) if starts else None}
     title = f"held-out text: {evaluation.tokens:,} tokens of {evaluation.dataset} ({evaluation.split})"
-    return "\n".join([title, table("layer", FIT_COLUMNS, rows), *remarks(evaluation)])
+    kept = [
+        f"layer {layer} is as the fit began with it: its steps ended with a higher FVU, {fit['fvu_end']:.4f}"
+        for layer, fit in fits.items()
+        if fit.get("kept") == "start"
+    ]
+    return "\n".join([title, table("layer", columns, rows), *kept, *remarks(evaluation)])
 
 
 def remarks(evaluation: Evaluation) -> Iterator[str]:

@@ -26,7 +26,11 @@ from bilinear_tc.train.text.documents import python_stdlib_files
 
 END_OF_TEXT = "<|endoftext|>"
 
-README = """# The quickstart base
+README = """---
+license: mit
+---
+
+# The quickstart base
 
 A GPT-NeoX with Pythia's layout (parallel residual, rotary 0.25): {layers} layers, width {width},
 {parameters:,} parameters, stored in float16 ({size:.1f} MB with its tokenizer). Small enough to ship, and

@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -183,6 +183,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def derivative_cost(recipe: Recipe, base: Base, batches: Sequence[TokenBatch], device: torch.device) -> float:
+    """What a step with the derivative in the loss costs, as a multiple of one without: the median over turns."""
+    with_it, without = (Fitter(dataclasses.replace(recipe, jvp=weight), base, device) for weight in (0.1, 0.0))
+    turns = [[time_steps(f, repeat(batch), 1) for f in (with_it, without)] for batch in batches]
+    return median(a / b for a, b in turns)
+
+
 def smaller_fits(recipe: Recipe, base: Base, batch: TokenBatch, device: torch.device) -> Iterator[str]:
     """A line for each of three numbers of tokens, then of three numbers of layers, down to which the base is cut."""
     sizes = [(len(base.layers), share) for share in (4, 2, 1)]
@@ -234,6 +241,9 @@ def main() -> None:
     print(
         f"the full recipe, {recipe.max_steps} steps: {minutes:.1f} minutes for all layers, start and checkpoints apart"
     )
+
+    cost = derivative_cost(recipe, base, batches, device)
+    print(f"a step with --jvp costs {cost:.2f} times one without")
 
     with open_text(recipe, base, device) as text:
         pipeline = text_rate(text, settings.text_tokens)

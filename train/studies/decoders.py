@@ -221,7 +221,7 @@ def run_commands(name: str, start: str, folder: Path) -> str | None:
     for script, *arguments in (
         ("train/fit.py", "--recipe=quickstart", f"--base={base}", f"--output_dir={run}", "--shuffle_buffer=0", *flags),
         ("train/evaluate.py", f"--transcoders={run}"),
-        ("upload/publish.py", str(run), "--repo_id=tester/decoder", "--dry_run"),
+        ("upload/publish.py", str(run), "--repo_id=tester/decoder", "--base_model=tester/base", "--dry_run"),
     ):
         said, given_here = io.StringIO(), sys.argv
         sys.argv = [script, *arguments]

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -72,8 +72,8 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
     """An iterator of batches of `batch_size` sequences of `seq_len` tokens, made ahead by a thread.
 
     Text is read by the thread, tokenized by others and packed: documents follow one another, with an end of text after
-    each, and are cut into sequences without padding. The batches depend on the arguments before `workers` alone. The
-    threads start with the first batch and end with `close`, the text or a failure.
+    each, and are cut into sequences without padding. The batches depend on the arguments before `workers`, and on
+    `bos`, alone. The threads start with the first batch and end with `close`, the text or a failure.
 
     Args:
         documents: where the text comes from; belongs to this object while it iterates.
@@ -90,6 +90,8 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         epochs: how many passes over the text to make; None: no end, with one warning at the start of the second.
             Sequences that do not fill a batch go into the next pass; after the last they are a smaller batch.
         vocabulary: rows of the base's embedding, which no token may be beyond.
+        bos: the ids that each sequence starts with, put before those that do not do so by themselves, as the beginning
+            of a document does if the tokenizer adds them. They count among the `seq_len`.
 
     Raises:
         ValueError: here, if the tokenizer has no end of text (a UserError) or an argument is out of range.
@@ -112,6 +114,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         pin_memory: bool = False,
         epochs: int | None = None,
         vocabulary: int | None = None,
+        bos: Sequence[int] = (),
     ) -> None:
         for least, values in (
             (1, {"seq_len": seq_len, "batch_size": batch_size, "prefetch": prefetch, "epochs": epochs}),
@@ -120,7 +123,12 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
             for name, value in values.items():
                 if value is not None and value < least:
                     raise ValueError(f"{name} must be at least {least}, but is {value}")
+        if seq_len <= len(bos):
+            raise UserError(
+                f"seq_len must be at least {len(bos) + 1}, since each sequence starts with bos, got {seq_len}"
+            )
         self.seq_len, self.batch_size, self.pack, self._documents = seq_len, batch_size, pack, documents
+        self._bos = np.array(bos, np.int32)
         # Tokenizing must not starve the fit.
         threads = max(0, min(8, available_cores() - 2)) if workers is None else workers
         self._encoder = Encoder(tokenizer, None if pack else seq_len, threads)
@@ -157,6 +165,7 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
         return {
             "seq_len": self.seq_len,
             "pack": self.pack,
+            "bos": self._bos.tolist(),
             **vars(position),
             "tokens": torch.from_numpy(position.tokens.copy()),
             "pool": _join(position.pool),
@@ -168,9 +177,10 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
 
         UserError if the position is of sequences of another kind; TextError if it is of other text.
         """
-        for name, value in (("seq_len", self.seq_len), ("pack", self.pack)):
-            if state[name] != value:
-                raise UserError(f"the text position was saved with {name} {state[name]}, but {name} is {value} now")
+        for name, value in (("seq_len", self.seq_len), ("pack", self.pack), ("bos", self._bos.tolist())):
+            before = state.get(name, [])  # an earlier version had no `bos`
+            if before != value:
+                raise UserError(f"the text position was saved with {name} {before}, but {name} is {value} now")
         self.close()
         self._documents.load_state_dict(state["documents"])
         arrays = {"tokens": state["tokens"].numpy(), "pool": _split(state["pool"]), "drawn": _split(state["drawn"])}
@@ -250,10 +260,20 @@ class TokenBatches(Iterator[TokenBatch], contextlib.AbstractContextManager):
     def _cut(self, tokens: np.ndarray, ids: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
         """Sequences, and the tokens left over for the next one."""
         if not self.pack:
-            return [document for document in ids if len(document)], tokens
+            return [self._begun(document) for document in ids if len(document)], tokens
         tokens = np.concatenate([tokens, *ids])
-        whole = len(tokens) // self.seq_len
-        return list(tokens[: whole * self.seq_len].reshape(whole, self.seq_len)), tokens[whole * self.seq_len :]
+        sequences, start = [], 0
+        while len(tokens) - start >= self.seq_len:  # with fewer, a cut would depend on how the text comes in
+            taken = tokens[start : start + self.seq_len]
+            sequences.append(self._begun(taken))
+            start += self.seq_len if sequences[-1] is taken else self.seq_len - len(self._bos)
+        return sequences, tokens[start:]
+
+    def _begun(self, tokens: np.ndarray) -> np.ndarray:
+        """A sequence that starts with `bos`: the tokens themselves, or those that there is room for after it."""
+        if np.array_equal(tokens[: len(self._bos)], self._bos):
+            return tokens
+        return np.concatenate([self._bos, tokens])[: self.seq_len]
 
     def _batch(self, sequences: list[np.ndarray]) -> TokenBatch:
         if self.pack:

@@ -18,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -41,6 +42,10 @@ class Piece(NamedTuple):
 class Encoder:
     """Token ids of pieces of text. UserError if the tokenizer has no end of text.
 
+    Attributes:
+        eos: the end of text.
+        bos: what the tokenizer puts before a text by default: one id, or none, or several (GLM).
+
     Args:
         tokenizer: what `tokenizer(text)["input_ids"]` gives is what `encode` gives.
         truncate: None: the end of text is added after each document. A number: documents are truncated to this many
@@ -63,6 +68,8 @@ class Encoder:
             self._threads = threads
         self._adds_eos = False
         self._adds_eos = all(list(self._ids(text, True, False)[-1:]) == [self.eos] for text in ("", "a"))
+        beginnings = zip(*(self._ids(text, True, False).tolist() for text in ("", "a")), strict=False)
+        self.bos: list[int] = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], beginnings)]
 
     def encode(self, chunks: Iterable[tuple[list[Piece], T]]) -> Generator[tuple[list[np.ndarray], T], None, None]:
         """For each chunk in turn one int32 array a piece, beside whatever came with the chunk.

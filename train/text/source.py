@@ -17,6 +17,7 @@ from bilinear_tc.train.processes import is_main, process_count, process_index
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch, TokenBatches
 from bilinear_tc.train.text.documents import Documents, TextError
+from bilinear_tc.train.text.encode import Encoder
 
 
 class SharedBatches(Iterator[TokenBatch], AbstractContextManager):
@@ -104,6 +105,11 @@ def check_text(recipe: Recipe) -> None:
         )
 
 
+def settled_bos(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a recipe's sequences start with, "none" or token ids, where it may say `auto`."""
+    return recipe.bos if recipe.bos != "auto" else ",".join(map(str, Encoder(tokenizer).bos)) or "none"
+
+
 def open_batches(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, vocabulary: int | None = None
 ) -> SharedBatches:
@@ -139,7 +145,9 @@ def _open(
 ) -> SharedBatches:
     if not is_main():
         return SharedBatches(None, device)
+    bos = settled_bos(recipe, tokenizer)
     order |= {"seq_len": recipe.seq_len, "pack": recipe.pack, "seed": recipe.seed, "vocabulary": vocabulary}
+    order["bos"] = [] if bos == "none" else [int(token) for token in bos.split(",")]
     machine: dict[str, Any] = {"workers": recipe.tokenizer_workers, "pin_memory": device.type == "cuda"}
     return SharedBatches(TokenBatches(_documents(recipe, split), tokenizer, **order, **machine), device)
 

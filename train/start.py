@@ -1,0 +1,72 @@
+"""The set as its fit began with it: kept beside the checkpoints, so that no layer ends worse than it began."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.activations import Activations
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.files import write_yaml, written_whole
+from bilinear_tc.train.measuring.held_out import MICRO_BATCH_SIZE, shown
+from bilinear_tc.train.moments import Moments, fvu
+from bilinear_tc.train.processes import on_main, sum_over_processes
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.run import CHECKPOINTS, CONFIG, SETTINGS, START, WEIGHTS, Run
+from bilinear_tc.train.text.source import open_held_out
+
+
+def start_of(run: Run) -> Run:
+    """Where the layers lie as a run's fit began with them."""
+    return Run(run.folder / CHECKPOINTS / START)
+
+
+def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) -> None:
+    """Puts back every layer of a fitted run that has a higher held-out FVU than it began with; each layer's config.yaml
+    says which state it is in (`kept`), and what both score (`fvu_start`, `fvu_end`).
+
+    Nothing if the start is not there: the fit began with noise, made no step, or its checkpoints were deleted.
+    """
+    start = start_of(run)
+    if on_main(lambda: start.exported_step if start.is_folder else None) != 0:
+        return
+    states = [[of.load(layer).float().to(device) for layer in base.layers] for of in (start, run)]
+    before, after = held_out_fvu(states, recipe, base).tolist()
+
+    def keep() -> None:
+        for layer, fvu_start, fvu_end in zip(base.layers, before, after, strict=True):
+            facts = {"kept": "start" if fvu_start < fvu_end else "end", "fvu_start": fvu_start, "fvu_end": fvu_end}
+            settings = run.settings(layer)
+            with written_whole(run.layer_folder(layer)) as scratch:
+                if facts["kept"] == "start":
+                    for name in (CONFIG, WEIGHTS):
+                        shutil.copyfile(start.layer_folder(layer) / name, scratch / name)
+                write_yaml(settings | {"fit": settings["fit"] | facts}, scratch / SETTINGS)
+        run.forget()
+        run.note_export(recipe.max_steps)
+
+    on_main(keep)
+
+
+@torch.no_grad()
+def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base) -> Tensor:
+    """FVU [sets, layers] of several sets of the same layers on the recipe's held-out text, in one pass of the base."""
+    device = base.model.device
+    activations = Activations(base, recipe.batch_size * recipe.seq_len, device=device, dtype=base.model.dtype)
+    shape = (len(base.layers), base.n_outputs)
+    errors = torch.zeros(len(sets), *shape, dtype=torch.float64, device=device)
+    outputs = Moments.zeros(*shape, device=device)
+    count = -(-recipe.eval_tokens // (recipe.batch_size * recipe.seq_len))
+    with open_held_out(recipe, base.tokenizer, device, recipe.batch_size, base.vocabulary) as text:
+        for batch in shown(text, count, "held-out text, start and end"):
+            activations.fill(batch, MICRO_BATCH_SIZE)
+            outputs = outputs.merge(activations.moments()[1].over_processes())
+            for of_set, transcoders in zip(errors, sets, strict=True):
+                for layer, transcoder in enumerate(transcoders):
+                    error = activations.y[layer].float() - transcoder(activations.x[layer].float())
+                    of_set[layer] += error.square().sum(0, dtype=torch.float64)
+    return fvu(sum_over_processes(errors), outputs)
