@@ -13,6 +13,7 @@ FORMS: dict[str, tuple[str | None, str, str]] = {
     "bilinear": ("left", "right", "head"),
     "input_sum": (None, "W_right", "W_left"),
 }
+NORMS = ("layernorm", "rmsnorm")
 
 
 class BilinearTCConfig(PretrainedConfig):
@@ -30,13 +31,16 @@ class BilinearTCConfig(PretrainedConfig):
         layer_index: index of the layer in that model, counted from 0.
         mlp_path: the MLP's module path inside the causal language model, e.g. `"gpt_neox.layers.3.mlp"`, or of an MLP
             that is no module, those of its two ends, e.g. `"model.decoder.layers.3.fc1:fc2"`.
+        input_correlation: whether the correlation of the inputs is stored with the weights.
+        input_norm: `"layernorm"` or `"rmsnorm"` if the input leaves such a norm, whose weight and bias are then stored
+            with the weights.
 
     The three widths have no defaults. They may be left out only because transformers itself builds
     `BilinearTCConfig()` to compare against; a model cannot be built from it.
 
     Raises:
-        ValueError: a width that is not a whole number of at least 1, an unknown form, a negative layer index, or the
-            config.json at the root of a set, which only says where its layers are.
+        ValueError: a width that is not a whole number of at least 1, an unknown form or norm, a negative layer index,
+            or the config.json at the root of a set, which only says where its layers are.
     """
 
     model_type = "bilinear_tc"
@@ -52,6 +56,8 @@ class BilinearTCConfig(PretrainedConfig):
         base_revision: str | None = None,
         layer_index: int | None = None,
         mlp_path: str | None = None,
+        input_correlation: bool = False,
+        input_norm: str | None = None,
         **kwargs: Any,
     ) -> None:
         if layers := kwargs.pop("layers", None):
@@ -61,6 +67,8 @@ class BilinearTCConfig(PretrainedConfig):
             )
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, not {form!r}.")
+        if input_norm not in (None, *NORMS):
+            raise ValueError(f"input_norm must be one of {', '.join(map(repr, NORMS))} or None, not {input_norm!r}.")
         self.n_inputs: int = _whole_number("n_inputs", n_inputs, at_least=1)
         self.n_hidden: int = _whole_number("n_hidden", n_hidden, at_least=1)
         self.n_outputs: int = _whole_number("n_outputs", n_outputs, at_least=1)
@@ -70,6 +78,8 @@ class BilinearTCConfig(PretrainedConfig):
         self.base_revision = base_revision
         self.layer_index = _whole_number("layer_index", layer_index, at_least=0)
         self.mlp_path = mlp_path
+        self.input_correlation = bool(input_correlation)
+        self.input_norm = input_norm
         super().__init__(**kwargs)
 
     def __eq__(self, other: object) -> bool:

@@ -16,15 +16,17 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_bilinear_tc import BilinearTCConfig
@@ -33,18 +35,80 @@ STATISTICS = ("input_mean", "input_std", "output_mean", "output_std")
 
 
 class QuadraticForm(NamedTuple):
-    """`u·y = xᵀ Q x + b·x + c` for an output direction `u`; `...` are the direction's leading dimensions."""
+    """`u·y = δᵀ Q δ + g·δ + c` with δ = x − about, for an output direction `u` and raw MLP inputs x.
+
+    `...` are the direction's leading dimensions. Called on x [..., n_inputs], it is u·y [*directions, *rows].
+    """
 
     quadratic: Tensor  # Q [..., n_inputs, n_inputs], symmetric
-    linear: Tensor  # b [..., n_inputs]
+    linear: Tensor  # g [..., n_inputs]
     constant: Tensor  # c [...]
+    about: Tensor  # [n_inputs]
+    moved: Tensor  # [...]; what the gauge moved into the constant, 0 without one
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The quadratic part δᵀQδ and the linear part g·δ of u·y, each [*directions, *rows] for x [*rows, n_inputs]."""
+        delta = (x - self.about).reshape(-1, x.shape[-1])  # [rows, n_inputs]
+        shape = (*self.constant.shape, *x.shape[:-1])
+        quadratic = (delta @ self.quadratic * delta).sum(-1)
+        return quadratic.reshape(shape), (self.linear @ delta.T).reshape(shape)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        quadratic, linear = self.parts(x)
+        return quadratic + linear + self.constant.reshape((*self.constant.shape, *[1] * (x.ndim - 1)))
 
 
-class Spectrum(NamedTuple):
-    """Eigen-decomposition of a symmetric Q, the eigenvalue of largest magnitude first."""
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """`u·y = Σᵢ λᵢ (vᵢ·δ)² + g·δ + c` with δ = x − about, the eigenvalue of largest magnitude first.
 
-    eigenvalues: Tensor  # [..., n_inputs]
-    eigenvectors: Tensor  # [..., n_inputs, n_inputs]; column k, [..., :, k], belongs to eigenvalue k
+    With the metric "euclidean" the eigenvectors are orthonormal. With "covariance" the features vᵢ·δ are uncorrelated
+    and of variance 1 on the data, so that λᵢ tells how much a feature does there. Then vᵢ is what *reads* the feature;
+    `tc.input_covariance() @ vᵢ` is how the input moves with it.
+
+    Attributes:
+        eigenvalues: λ [..., k].
+        eigenvectors: [..., n_inputs, k]; column i, [..., :, i], belongs to eigenvalue i.
+        linear, constant, about, moved: as in `QuadraticForm`.
+        metric: "euclidean", "covariance", or "variances" if the covariance's diagonal is all that the layer stores.
+    """
+
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    linear: Tensor
+    constant: Tensor
+    about: Tensor
+    moved: Tensor
+    metric: str
+    _share: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def share(self) -> Tensor:
+        """By how much of its variance u·y varies less without its first 1, 2, …, k quadratic terms, [..., k].
+
+        The variance is exact for Gaussian inputs of the stored mean and covariance (Isserlis 1918):
+        Var(δᵀQδ + g·δ) = 2 tr(QΣQΣ) + gᵀΣg about the mean. About the mean with the metric "covariance" the terms are
+        independent of one another and of the linear part: the shares of all of them and (gᵀΣg) / Var add up to 1.
+        About another point the terms and the linear part may cancel, and a share may be negative.
+
+        It is computed when it is first asked for, at the cost of building Q.
+        """
+        return self._share()
+
+
+class Truncated(NamedTuple):
+    """A transcoder of fewer units, and the share of the full one's output variance that it misses."""
+
+    transcoder: BilinearTC
+    fvu: float
+
+
+class Norm(NamedTuple):
+    """What a norm does: weight ⊙ n + bias, where n has mean square 1, and in a "layernorm" also mean 0."""
+
+    kind: str
+    weight: Tensor  # [width]
+    bias: Tensor  # [width]
 
 
 StandIn = Callable[[list[Tensor], Callable[[], Any], Callable[[], Any]], Any]
@@ -94,6 +158,8 @@ class BilinearTC(PreTrainedModel):
     (n_hidden → n_outputs). The z-score statistics `input_mean`, `input_std` [n_inputs] and `output_mean`,
     `output_std` [n_outputs] are persistent buffers, 0 and 1 in a new model. They stay in float32 (or wider)
     when the model is cast to half precision: rounded to bfloat16, a mean far from 0 would shift every input.
+    So do two more, which only readings of the weights use: `input_correlation` [n_inputs, n_inputs], if the
+    configuration has it, and `norm_weight` and `norm_bias` [n_inputs] of the norm that the inputs leave.
 
     Example:
         >>> base = AutoModelForCausalLM.from_pretrained("EleutherAI/pythia-410m")
@@ -122,6 +188,9 @@ class BilinearTC(PreTrainedModel):
     input_std: Tensor
     output_mean: Tensor
     output_std: Tensor
+    input_correlation: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
 
     def __init__(self, config: BilinearTCConfig) -> None:
         super().__init__(config)
@@ -135,6 +204,11 @@ class BilinearTC(PreTrainedModel):
         self.register_buffer("input_std", torch.ones(config.n_inputs, dtype=dtype))
         self.register_buffer("output_mean", torch.zeros(config.n_outputs, dtype=dtype))
         self.register_buffer("output_std", torch.ones(config.n_outputs, dtype=dtype))
+        if config.input_correlation:
+            self.register_buffer("input_correlation", torch.eye(config.n_inputs, dtype=dtype))
+        if config.input_norm is not None:
+            self.register_buffer("norm_weight", torch.ones(config.n_inputs, dtype=dtype))
+            self.register_buffer("norm_bias", torch.zeros(config.n_inputs, dtype=dtype))
         self.post_init()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,107 +360,342 @@ class BilinearTC(PreTrainedModel):
     def folded(self) -> BilinearTC:
         """The same map as a transcoder of form `bilinear` with the z-scores folded into its weights and biases.
 
-        Its statistics are 0 and 1, so its weights act on raw MLP inputs and outputs. It has biases, and is at least
-        in float32. Folded means that are far larger than the standard deviations cost digits: fold a model in
-        float64 if that matters.
+        Its statistics are 0 and 1, so its weights act on raw MLP inputs and outputs, and it no longer knows where the
+        data lies: read spectra from the transcoder itself. It has biases, and is at least in float32. Folded means that
+        are far larger than the standard deviations cost digits: fold a model in float64 if that matters.
         """
         config = copy.deepcopy(self.config)
-        config.form, config.bias = "bilinear", True
+        config.form, config.bias, config.input_correlation, config.input_norm = "bilinear", True, False, None
         with torch.device("meta"):
             folded = BilinearTC(config)
-        dtype = _at_least_float32(self._last_map.weight.dtype)
-        raw = self._raw_weights()
-        state = {name: tensor.to(self.input_mean.device, dtype).contiguous() for name, tensor in raw.items()}
+        weights = self._weights()
+        raw = {"head.weight": weights.head, "head.bias": weights.bias}
+        for name, weight, bias in (
+            ("left", weights.left, weights.left_bias),
+            ("right", weights.right, weights.right_bias),
+        ):
+            raw[f"{name}.weight"] = weight / weights.std
+            raw[f"{name}.bias"] = bias - raw[f"{name}.weight"] @ weights.mean
+        device, dtype = self.input_mean.device, self._reading_dtype
+        state = {name: tensor.to(device, dtype, copy=True).contiguous() for name, tensor in raw.items()}
         for name in STATISTICS:
             fill = torch.zeros_like if name.endswith("mean") else torch.ones_like
             state[name] = fill(getattr(self, name), dtype=dtype)
         folded.load_state_dict(state, assign=True)
         return folded.train(self.training)
 
-    @torch.no_grad()
-    def quadratic_form(self, direction: Tensor) -> QuadraticForm:
-        """The exact quadratic form that one output direction is in the raw MLP input.
+    # Reading the weights. Each result is computed in float64 (a few eigenvalues of a wide layer: in the dtype of the
+    # weights) and returned in the dtype of the weights, or float32 if that is wider. ValueError if a direction is of
+    # another width, or the weights are quantized.
 
-        With left(x) = L x + l, right(x) = R x + r, head(h) = H h + η after folding, and g = Hᵀu:
-        Q = ½ (Lᵀ diag(g) R + Rᵀ diag(g) L), b = Lᵀ(g ⊙ r) + Rᵀ(g ⊙ l), c = g·(l ⊙ r) + u·η.
+    @torch.no_grad()
+    def quadratic_form(
+        self, direction: Tensor, about: str | Tensor = "mean", gauge: str | None = None
+    ) -> QuadraticForm:
+        """The exact quadratic form of output directions in the raw MLP input: u·y = δᵀQδ + g·δ + c, δ = x − about.
+
+        About the data's mean the quadratic part is what bends on the data. About the origin, far from it, it is mostly
+        a constant and a slope, which the linear part takes back.
+
+        Behind a LayerNorm the inputs lie on an ellipsoid in a plane, behind an RMSNorm on an ellipsoid: n = (x − norm's
+        bias) / norm's weight has mean square 1, and mean 0. Forms that differ by a multiple of n·n − n_inputs, or by a
+        product with n's mean, are then the same on all data. A gauge takes one of them, in n's coordinates: nothing
+        outside the plane, and of Q − t·1 that of smallest nuclear norm (t is the median of Q's eigenvalues).
+        t·n_inputs moves into the constant: `moved`. The form is then u·y only on such inputs, up to the
+        norm's eps: n·n is n_inputs · s / (s + eps), s the variance (mean square) of what enters it.
 
         Args:
             direction: u [..., n_outputs].
+            about: "mean" (the stored input mean), "origin", or a raw input [n_inputs].
+            gauge: None, or "layernorm" or "rmsnorm", of which the layer must have stored the norm's weight and bias.
 
         Returns:
-            `QuadraticForm(Q, b, c)` with u·y = xᵀQx + b·x + c, computed in float64 and returned in the dtype of the
-            weights, or float32 if that is wider.
+            `QuadraticForm(Q, g, c, about, moved)`.
 
         Raises:
-            ValueError: the direction's last dimension is not n_outputs, or the weights are quantized.
+            ValueError: also if there is no such point or gauge, or the inputs leave no such norm.
         """
-        dtype = _at_least_float32(self._last_map.weight.dtype)
-        return QuadraticForm(*(part.to(self.input_mean.device, dtype) for part in self._quadratic_form(direction)))
+        weights, u, point = self._weights(), self._directions(direction), self._expansion_point(about)
+        self._check_gauge(gauge)
+        forms = [weights.form(row, weights.z(point), gauge) for row in u.reshape(-1, u.shape[-1])]
+        quadratic, linear, constant, moved = (torch.stack(part) for part in zip(*forms, strict=True))
+        leading, std = direction.shape[:-1], weights.std
+        return QuadraticForm(
+            quadratic=self._out(quadratic / (std[:, None] * std), leading),
+            linear=self._out(linear / std, leading),
+            constant=self._out(constant, leading),
+            about=self._out(point),
+            moved=self._out(moved, leading),
+        )
 
     @torch.no_grad()
-    def spectrum(self, direction: Tensor) -> Spectrum:
-        """Eigenvalues and eigenvectors of `quadratic_form(direction)`'s Q, by magnitude, the largest first.
+    def spectrum(
+        self,
+        direction: Tensor,
+        k: int | None = None,
+        about: str | Tensor = "mean",
+        metric: str = "covariance",
+        gauge: str | None = None,
+    ) -> Spectrum:
+        """Eigenvalues and eigenvectors of the quadratic part of output directions, by magnitude, the largest first.
+
+        Above width 256 a few eigenvalues are found by Lanczos iterations without building Q, for all directions at
+        once, unless there is a gauge, which depends on all eigenvalues.
 
         Args:
             direction: u [..., n_outputs].
+            k: how many; default: all.
+            about, gauge: as for `quadratic_form`.
+            metric: "covariance": of Σ^½ Q Σ^½, which weighs directions by how far the data moves along them, Σ the
+                stored covariance (its diagonal, if only that is stored); input directions without any variance are left
+                out. "euclidean": of Q.
 
         Returns:
-            `Spectrum(eigenvalues [..., n_inputs], eigenvectors [..., n_inputs, n_inputs])`, orthonormal columns.
+            A `Spectrum`: u·y = Σᵢ λᵢ (vᵢ·δ)² + g·δ + c if k is None.
 
         Raises:
-            ValueError: the direction's last dimension is not n_outputs, or the weights are quantized.
+            ValueError: as for `quadratic_form`, and if k or the metric is none of these.
         """
-        values, vectors = torch.linalg.eigh(self._quadratic_form(direction).quadratic)
-        order = values.abs().argsort(dim=-1, descending=True, stable=True)
-        values = values.gather(-1, order)
-        vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
-        dtype = _at_least_float32(self._last_map.weight.dtype)
-        device = self.input_mean.device
-        return Spectrum(values.to(device, dtype), vectors.to(device, dtype))
+        n = self.config.n_inputs
+        k = n if k is None else k
+        if not 1 <= k <= n:
+            raise ValueError(f"A spectrum has 1 to {n} eigenvalues, not k={k}.")
+        if metric not in ("covariance", "euclidean"):
+            raise ValueError(f"The metric of a spectrum is 'covariance' or 'euclidean', not {metric!r}.")
+        weights, point = self._weights(), self._expansion_point(about)
+        self._check_gauge(gauge)
+        u = self._directions(direction).reshape(-1, self.config.n_outputs)
+        z0 = weights.z(point)
+        scale, inverse = (1 / weights.std, weights.std) if metric == "euclidean" else weights.spread
+        if gauge is None and n > 256 and 8 * k <= n:
+            values, vectors = weights.top(u, scale, k)
+            linear, constant = weights.tangents(u, z0)
+            moved = torch.zeros_like(constant)
+        else:
+            each = []
+            for row in u:
+                quadratic, *rest = weights.form(row, z0, gauge)
+                all_values, all_vectors = torch.linalg.eigh(_congruent(quadratic, scale))
+                order = all_values.abs().argsort(descending=True, stable=True)[:k]
+                each.append((all_values[order], all_vectors[:, order], *rest))
+            values, vectors, linear, constant, moved = (torch.stack(part) for part in zip(*each, strict=True))
+        rows = vectors.mT * inverse if inverse.ndim == 1 else vectors.mT @ inverse.T  # in one product of matrices
+        vectors = (rows / weights.std).mT
+        leading = direction.shape[:-1]
+
+        def share() -> Tensor:
+            each = zip(u, values, vectors, strict=True)
+            return self._out(torch.stack([weights.shares(*terms, z0, gauge) for terms in each]), leading)
+
+        return Spectrum(
+            eigenvalues=self._out(values, leading),
+            eigenvectors=self._out(vectors, leading),
+            linear=self._out(linear / weights.std, leading),
+            constant=self._out(constant, leading),
+            about=self._out(point),
+            moved=self._out(moved, leading),
+            metric="variances" if metric == "covariance" and not self.config.input_correlation else metric,
+            _share=share,
+        )
+
+    @torch.no_grad()
+    def interaction(self, direction: Tensor, inputs: Tensor) -> Tensor:
+        """How pairs of input directions multiply in an output direction: DᵀQD, without building Q.
+
+        Args:
+            direction: u [..., n_outputs].
+            inputs: D [n_inputs, m], such as eigenvectors, the transposed decoder of an SAE, or `writers().T` of an
+                earlier layer (times the norm's weight, if it writes in front of one).
+
+        Returns:
+            [..., m, m], symmetric: its entry i, j is what moving along directions i and j adds to u·y, twice for i ≠ j.
+        """
+        weights, u = self._weights(), self._directions(direction)
+        if inputs.ndim != 2 or len(inputs) != self.config.n_inputs:
+            raise ValueError(
+                f"Input directions have shape [{self.config.n_inputs}, m], not {list(inputs.shape)} as given."
+            )
+        d = _float64(inputs).to(u.device) / weights.std[:, None]
+        left, right, g = weights.left @ d, weights.right @ d, u @ weights.head
+        each = [_symmetric((left.T * row) @ right) for row in g.reshape(-1, g.shape[-1])]
+        return self._out(torch.stack(each), direction.shape[:-1])
+
+    @torch.no_grad()
+    def writers(self) -> Tensor:
+        """What each unit writes into the raw output per unit of its product, [n_hidden, n_outputs]."""
+        return self._out(self._weights().head.T)
+
+    @torch.no_grad()
+    def input_covariance(self) -> Tensor:
+        """Covariance [n_inputs, n_inputs] of the raw inputs, or, if only that is stored, its diagonal."""
+        weights = self._weights()
+        correlation = (
+            torch.eye(len(weights.std)).to(weights.std) if weights.correlation is None else weights.correlation
+        )
+        return self._out(weights.std[:, None] * correlation * weights.std)
+
+    @torch.no_grad()
+    def logit_direction(
+        self, base: nn.Module, token: int | str, minus: int | str | None = None, tokenizer: Any = None
+    ) -> Tensor:
+        """The output direction u [n_outputs] along which the MLP raises one token's logit over another's.
+
+        That is its direct effect: the difference of the tokens' rows of the output embedding, times the final norm's
+        weight, and centered if that is a LayerNorm. u·y / (what the final norm divides by, at a token) is what y adds
+        to the difference of the logits there. If the base norms an MLP's output before adding it (Gemma 2, OLMo 2),
+        multiply u by that norm's weight.
+
+        Args:
+            base: the language model, with its language-model head.
+            token: a token's id, or its text, such as " None".
+            minus: the other token; default: the mean over the vocabulary, as a softmax takes it.
+            tokenizer: for texts; default: the one that lies beside the base.
+
+        Raises:
+            ValueError: a text is not one token, or the base has no output embedding of this transcoder's width.
+        """
+        embedding: Any = getattr(base, "get_output_embeddings", lambda: None)()
+        weight = getattr(embedding, "weight", None)
+        if weight is None or weight.shape[-1] != self.config.n_outputs:
+            raise ValueError(f"{self._belongs()} this base has no output embedding of width {self.config.n_outputs}.")
+        if tokenizer is None and (isinstance(token, str) or isinstance(minus, str)):
+            tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+
+        def row(token: int | str) -> Tensor:
+            ids = tokenizer.encode(token, add_special_tokens=False) if isinstance(token, str) else [token]
+            if len(ids) != 1 or not 0 <= ids[0] < len(weight):
+                raise ValueError(f"A logit is of one token of {len(weight)}, but {token!r} is {ids}.")
+            return weight[ids[0]]
+
+        against = weight.float().mean(0) if minus is None else row(minus)
+        u = _float64(row(token)) - _float64(against)
+        norm = _norm_before(embedding, base)
+        if norm is not None:
+            u = u * norm.weight.to(u.device)
+            u = u - u.mean() if norm.kind == "layernorm" else u
+        return self._out(u)
+
+    @torch.no_grad()
+    def truncated(self, n_units: int | None = None, variance: float | None = None) -> Truncated:
+        """A transcoder of this one's strongest units alone, by the variance of what each writes into z-scored outputs.
+
+        Variances are exact for Gaussian inputs of the stored mean and covariance. If the whole covariance is stored,
+        the head is solved again by least squares, so that the units kept stand in for those dropped, which are
+        correlated with them; otherwise it is kept. What the dropped units say on average goes into the bias.
+
+        Args:
+            n_units: how many units to keep.
+            variance: or the share of the outputs' variance to keep, in as few units as that takes in their order.
+
+        Returns:
+            `Truncated(transcoder, fvu)`: fvu = Σ‖ŷ − ŷ'‖² / Σ‖ŷ − mean(ŷ)‖² of this transcoder's z-scored outputs ŷ.
+
+        Raises:
+            ValueError: unless one of the two is given, 1 to n_hidden or a share from 0 to 1.
+        """
+        count = self.config.n_hidden
+        if (n_units is None) == (variance is None) or not (1 <= (n_units or 1) <= count and 0 <= (variance or 0) <= 1):
+            raise ValueError(
+                f"Give n_units from 1 to {count}, or variance from 0 to 1, not n_units={n_units}, variance={variance}."
+            )
+        weights = self._weights()
+        units = weights.units()
+        covariance = units.covariance(units)
+        head = weights.head / _float64(self.output_std)[:, None]
+        order = (head.square().sum(0) * covariance.diagonal()).argsort(descending=True, stable=True)
+        head, covariance, mean = head[:, order], covariance[order][:, order], units.mean()[order]
+        if self.config.input_correlation:
+            # p = C e, e white: the first n units span e's first n, and what is lost is the rest
+            covariance.diagonal().mul_(1 + 1e-10).add_(1e-12 * covariance.diagonal().max())
+            root = torch.linalg.cholesky(covariance)
+            written = head @ root
+            lost = written.square().sum(0).flip(0).cumsum(0).flip(0)
+        else:
+            pairs = (head.T @ head * covariance).flip(0, 1)
+            lost = pairs.cumsum(0).cumsum(1).diagonal().flip(0)
+        lost = torch.cat([lost / lost[0].clamp(min=1e-300), lost.new_zeros(1)])  # [n_hidden + 1], by units kept
+        n = max(1, int((lost > 1 - variance).sum())) if variance is not None else int(n_units or 1)
+        kept = head[:, :n]
+        if self.config.input_correlation:
+            kept = torch.linalg.solve_triangular(root[:n, :n], written[:, :n], upper=False, left=False)
+        config = copy.deepcopy(self.config)
+        config.n_hidden, config.bias = n, True
+        model = BilinearTC(config).to(self._last_map.weight)  # type: ignore[arg-type] # transformers hides the types
+        model.load_state_dict(dict(self.named_buffers()), strict=False)
+        for name in filter(None, config.factors):
+            old, new = getattr(self, name), getattr(model, name)
+            new.weight.copy_(old.weight[order[:n]])
+            if new.bias is not None:
+                new.bias.copy_(0 * order[:n] if old.bias is None else old.bias[order[:n]])
+        model._last_map.weight.copy_(kept)
+        bias = (weights.bias - _float64(self.output_mean)) / _float64(self.output_std)
+        model._last_map.bias.copy_(bias + head @ mean - kept @ mean[:n])
+        return Truncated(model.train(self.training), lost[n].item())
+
+    @torch.no_grad()
+    def similarity(self, other: BilinearTC) -> float:
+        """How alike two transcoders are as maps, −1 to 1: E[a·b] / √(E[a·a] E[b·b]) of their centered raw outputs a, b.
+
+        It is exact for Gaussian inputs of this one's stored mean and covariance, from the weights alone (compare tensor
+        similarity, arXiv 2605.15183): it depends on what the two compute, not on how their units share it.
+
+        Raises:
+            ValueError: the two are of other widths, or quantized.
+        """
+        if (self.config.n_inputs, self.config.n_outputs) != (other.config.n_inputs, other.config.n_outputs):
+            raise ValueError(
+                f"Transcoders are compared on the same inputs and outputs, but these map {self.config.n_inputs} to "
+                f"{self.config.n_outputs} and {other.config.n_inputs} to {other.config.n_outputs}."
+            )
+        mine, theirs = self._weights(), other._weights()
+        scale, shift = mine.std / theirs.std, (mine.mean - theirs.mean) / theirs.std
+        a, b = mine.units(), theirs.units(mine.spread[0], scale, shift)
+        sides = ((a, mine.head), (b, theirs.head))
+        (aa, ab), (_, bb) = [[p.inner(head, q, other_head) for q, other_head in sides] for p, head in sides]
+        return (ab / (aa * bb).sqrt()).item()
 
     @property
     def _last_map(self) -> nn.Linear:
         return getattr(self, self.config.last_map)
 
-    def _raw_weights(self) -> dict[str, Tensor]:
-        """Weights and biases of `folded`, named as its parameters, in float64."""
-        for name, parameter in self.named_parameters():
-            if _is_quantized(parameter):
-                raise ValueError(
-                    f"Quadratic forms are read from whole weights, but {name} is quantized ({parameter.dtype}): "
-                    "load the transcoder without a quantization_config."
-                )
-        wide = {name: _float64(tensor) for name, tensor in self.state_dict().items()}
-        if self.config.form == "input_sum":
-            wide["left.weight"] = torch.ones_like(wide["W_right.weight"])
-            wide["right.weight"] = wide["W_right.weight"]
-            wide["head.weight"] = wide["W_left.weight"]
-            if self.config.bias:
-                wide["head.bias"] = wide["W_left.bias"]
-        raw = {}
-        for name in ("left", "right"):
-            raw[f"{name}.weight"] = wide[f"{name}.weight"] / wide["input_std"]
-            raw[f"{name}.bias"] = wide.get(f"{name}.bias", 0) - raw[f"{name}.weight"] @ wide["input_mean"]
-        raw["head.weight"] = wide["head.weight"] * wide["output_std"].unsqueeze(-1)
-        raw["head.bias"] = wide.get("head.bias", 0) * wide["output_std"] + wide["output_mean"]
-        return raw
+    @property
+    def _reading_dtype(self) -> torch.dtype:
+        return _at_least_float32(self._last_map.weight.dtype)
 
-    def _quadratic_form(self, direction: Tensor) -> QuadraticForm:
+    def _out(self, reading: Tensor, leading: Sequence[int] | None = None) -> Tensor:
+        """As it is returned; the first dimension, of directions, with these dimensions in its place."""
+        reading = reading.to(self.input_mean.device, self._reading_dtype)
+        return reading if leading is None else reading.reshape((*leading, *reading.shape[1:]))
+
+    def _weights(self) -> _Weights:
+        """The weights as they are read, a copy that is kept until one of them changes (other than through `.data`)."""
+        kept = _WEIGHTS.get(self)
+        if kept is None or not kept.are_of(self):
+            _WEIGHTS.pop(self, None)  # the old copy need not wait for the new one
+            kept = _WEIGHTS[self] = _Weights(self)
+        return kept
+
+    def _directions(self, direction: Tensor) -> Tensor:
         n_outputs = self.config.n_outputs
         if direction.ndim == 0 or direction.shape[-1] != n_outputs:
             raise ValueError(f"An output direction has shape [..., {n_outputs}], not {list(direction.shape)} as given.")
-        raw = self._raw_weights()
-        left, right, left_bias, right_bias = (
-            raw[name] for name in ("left.weight", "right.weight", "left.bias", "right.bias")
-        )
-        u = _float64(direction).to(left.device)
-        g = u @ raw["head.weight"]  # [..., n_hidden]
-        half = (left.T * g.unsqueeze(-2)) @ right  # [..., n_inputs, n_inputs]
-        return QuadraticForm(
-            quadratic=(half + half.mT) / 2,
-            linear=(g * right_bias) @ left + (g * left_bias) @ right,
-            constant=g @ (left_bias * right_bias) + u @ raw["head.bias"],
-        )
+        return _float64(direction).to(self._weights().left.device)
+
+    def _expansion_point(self, about: str | Tensor) -> Tensor:
+        mean = self._weights().mean
+        if isinstance(about, Tensor) and about.shape == mean.shape:
+            return _float64(about).to(mean.device)
+        if isinstance(about, str) and about in ("mean", "origin"):
+            return mean if about == "mean" else torch.zeros_like(mean)
+        given = list(about.shape) if isinstance(about, Tensor) else repr(about)
+        raise ValueError(f"A form is about 'mean', 'origin' or an input of shape {list(mean.shape)}, not {given}.")
+
+    def _check_gauge(self, gauge: str | None) -> None:
+        known = self.config.input_norm
+        if gauge not in (None, "layernorm", "rmsnorm"):
+            raise ValueError(f"A gauge is 'layernorm', 'rmsnorm' or None, not {gauge!r}.")
+        if gauge is not None and known not in (gauge, "layernorm"):  # what leaves a LayerNorm is on a sphere as well
+            raise ValueError(f"Gauge {gauge!r} needs inputs that leave such a norm, but this layer stores {known}.")
 
     def _find_site(self, base: Any) -> Site:
         """This transcoder's MLP in a causal language model, in the inner model of one, or in a wrapper (torch.compile,
@@ -456,16 +765,18 @@ class BilinearTC(PreTrainedModel):
                 bound = 1 / math.sqrt(module.in_features)
                 nn.init.uniform_(module.bias, -bound, bound)
         elif module is self:
-            for name in STATISTICS:
-                if _is_missing(getattr(self, name)):
-                    nn.init.constant_(getattr(self, name), 0.0 if name.endswith("mean") else 1.0)
+            for name, buffer in self.named_buffers():
+                if _is_missing(buffer) and name == "input_correlation":
+                    nn.init.eye_(buffer)
+                elif _is_missing(buffer):
+                    nn.init.constant_(buffer, 0.0 if name.endswith(("mean", "norm_bias")) else 1.0)
 
     def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str:
         return "eager"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BilinearTC:
         """Every cast and move of a module comes through here: the statistics move, but are not narrowed."""
-        before = {name: getattr(self, name) for name in STATISTICS}
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, statistic in before.items():
             device, dtype = getattr(self, name).device, getattr(self, name).dtype
@@ -485,6 +796,281 @@ def site_names(modules: Collection[str], path: str) -> tuple[str, str] | None:
             if last in modules:
                 return first, last
     return None
+
+
+class _Weights:
+    """A transcoder's weights as they are read: from z-scored inputs z to raw outputs, in float64."""
+
+    def __init__(self, tc: BilinearTC) -> None:
+        for name, parameter in tc.named_parameters():
+            if _is_quantized(parameter):
+                raise ValueError(
+                    f"Quadratic forms are read from whole weights, but {name} is quantized ({parameter.dtype}): "
+                    "load the transcoder without a quantization_config."
+                )
+        # aliases, so that no other tensor comes to lie at their addresses
+        self._seen = [(tensor.detach(), _version(tensor)) for tensor in _state(tc)]
+        last, factors = tc._last_map, [getattr(tc, name) if name else None for name in tc.config.factors]
+        shape = (tc.config.n_hidden, tc.config.n_inputs)
+        ones = last.weight.detach().new_ones(1, 1).expand(shape)  # the sum of the inputs, for every unit
+        self.maps = [_on_float64_device(_widened(ones if map is None else map.weight.detach())) for map in factors]
+        self.left_bias, self.right_bias = (
+            _float64(last.weight.detach()[0] * 0 if map is None or map.bias is None else map.bias.detach())
+            for map in factors
+        )
+        self.mean, self.std, output_mean, output_std = (_float64(getattr(tc, name)) for name in STATISTICS)
+        self.head = _float64(last.weight.detach()) * output_std[:, None]
+        self.bias = output_mean + (0 if last.bias is None else _float64(last.bias.detach()) * output_std)
+        self.correlation = _float64(tc.input_correlation) if tc.config.input_correlation else None
+        if tc.config.input_norm is not None:
+            self.norm_weight, self.norm_bias = _float64(tc.norm_weight), _float64(tc.norm_bias)
+
+    @cached_property
+    def left(self) -> Tensor:
+        return _float64(self.maps[0])
+
+    @cached_property
+    def right(self) -> Tensor:
+        return _float64(self.maps[1])
+
+    def are_of(self, tc: BilinearTC) -> bool:
+        now = _state(tc)
+        return len(now) == len(self._seen) and all(
+            (tensor.data_ptr(), tensor.dtype, tensor.device) == (seen.data_ptr(), seen.dtype, seen.device)
+            and -1 != _version(tensor) == version
+            for tensor, (seen, version) in zip(now, self._seen, strict=True)
+        )
+
+    def z(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    @cached_property
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """F with F Fᵀ = the covariance of z, and F⁻ᵀ, each [n_inputs, n_inputs], or a diagonal [n_inputs].
+
+        Where z varies by less than float32 can tell, F⁻ᵀ is 0.
+        """
+        if self.correlation is None:
+            return torch.ones_like(self.std), torch.ones_like(self.std)
+        variances, vectors = torch.linalg.eigh(_symmetric(self.correlation))
+        varies = variances > 1e-6
+        root = torch.where(varies, variances.clamp(min=0), 0).sqrt()
+        return vectors * root, vectors * torch.where(varies, 1 / root, 0)
+
+    def tangents(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Slope [..., n_inputs] and value [...] at z of output directions u [..., n_outputs]."""
+        g, left, right = u @ self.head, self.left @ z + self.left_bias, self.right @ z + self.right_bias
+        return (g * right) @ self.left + (g * left) @ self.right, g @ (left * right) + u @ self.bias
+
+    def form(self, u: Tensor, z: Tensor, gauge: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Q, slope and value about z of one output direction, and what the gauge moved into the value."""
+        g = u @ self.head
+        half = torch.zeros_like(self.left[:0].T @ self.right[:0])
+        for part in torch.arange(len(g), device=g.device).split(4096):  # bounds the memory
+            half.addmm_((self.left[part] * g[part, None]).T, self.right[part])
+        quadratic = _symmetric(half)
+        if gauge is None:
+            return quadratic, *self.tangents(u, z), g.new_zeros(())
+        center, radii = self.z(self.norm_bias), self.norm_weight / self.std  # z = center + radii ⊙ n
+        linear, constant = self.tangents(u, center)
+        quadratic, linear = radii[:, None] * quadratic * radii, radii * linear
+        plane = torch.eye(len(radii), dtype=radii.dtype, device=radii.device)
+        if gauge == "layernorm":
+            plane -= 1 / len(radii)
+            quadratic, linear = plane @ quadratic @ plane, plane @ linear
+        values = torch.linalg.eigvalsh(quadratic)
+        if gauge == "layernorm":  # the plane's normal has an eigenvalue of 0, which is none of the plane's
+            normal = values.abs().argmin()
+            values = torch.cat([values[:normal], values[normal + 1 :]])
+        shift = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+        moved = shift * len(radii)
+        quadratic = _symmetric(quadratic - shift * plane) / (radii[:, None] * radii)
+        delta = z - center
+        linear = linear / radii
+        constant = constant + moved + linear @ delta + delta @ quadratic @ delta
+        return quadratic, linear + 2 * quadratic @ delta, constant, moved
+
+    def top(self, u: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest eigenvalues by magnitude [directions, k] and eigenvectors [directions, n_inputs, k] of FᵀQF.
+
+        Args:
+            u: output directions [directions, n_outputs].
+            scale: F [n_inputs, n_inputs], or a diagonal [n_inputs].
+        """
+        f, half = scale.to(self.maps[0].dtype), (u @ self.head / 2).to(self.maps[0].dtype)
+        blocks = [*zip(*(of.split(512) for of in (*self.maps, half.T)), strict=True)]  # of units, that fit a cache
+
+        def apply(rows: Tensor) -> Tensor:  # [directions, n_inputs]
+            z, image = rows * f if f.ndim == 1 else rows @ f.T, torch.zeros_like(rows)
+            for left, right, g in blocks:
+                image.addmm_(g.T * (z @ right.T), left).addmm_(g.T * (z @ left.T), right)
+            return image * f if f.ndim == 1 else image @ f
+
+        start = torch.randn(len(u), len(self.std), generator=torch.Generator().manual_seed(0))
+        values, vectors = _lanczos(apply, start.to(f), k)
+        return values.double(), vectors.double()
+
+    def shares(self, u: Tensor, values: Tensor, vectors: Tensor, z: Tensor, gauge: str | None) -> Tensor:
+        """`Spectrum.share` [k] of one output direction's terms λ [k], v [n_inputs, k] about z."""
+        quadratic, slope, *_ = self.form(u, torch.zeros_like(z), gauge)
+        f = self.spread[0]
+        quadratic, slope = _congruent(quadratic, f), _transposed_times(f, slope[:, None])[:, 0]
+        total = 2 * quadratic.square().sum() + slope.square().sum()
+        seen = _transposed_times(f, self.std[:, None] * vectors)  # v in coordinates of variance 1
+        at_mean = -(z * self.std) @ vectors  # v·δ at the mean
+        overlap = seen.T @ seen
+        pairs = torch.outer(values, values) * overlap * (2 * overlap + 4 * torch.outer(at_mean, at_mean))
+        with_all = 2 * values * ((quadratic @ seen * seen).sum(0) + at_mean * (slope @ seen))
+        return (2 * with_all.cumsum(0) - pairs.cumsum(0).cumsum(1).diagonal()) / total
+
+    def units(self, f: Tensor | None = None, scale: Tensor | float = 1.0, shift: Tensor | float = 0.0) -> _Units:
+        """The units on inputs scale ⊙ F ε + shift, ε white, F by default their own `spread`."""
+        f, shift = self.spread[0] if f is None else f, self.mean * 0 + shift
+        left, right = (_transposed_times(f, (weight * scale).T).T for weight in (self.left, self.right))
+        return _Units(left, right, self.left @ shift + self.left_bias, self.right @ shift + self.right_bias)
+
+
+class _Units(NamedTuple):
+    """Products (left ε + left_at) ⊙ (right ε + right_at) of white Gaussian ε."""
+
+    left: Tensor  # [units, n_inputs]
+    right: Tensor
+    left_at: Tensor  # [units]
+    right_at: Tensor
+
+    def mean(self) -> Tensor:
+        return (self.left * self.right).sum(1) + self.left_at * self.right_at
+
+    def covariance(self, other: _Units) -> Tensor:
+        """Of each unit with each of the other's, [units, others], by Isserlis' theorem."""
+        slopes = (p.left_at[:, None] * p.right + p.right_at[:, None] * p.left for p in (self, other))
+        one, two = slopes
+        covariance = one @ two.T
+        covariance += (self.left @ other.left.T) * (self.right @ other.right.T)
+        return covariance.add_((self.left @ other.right.T) * (self.right @ other.left.T))
+
+    def inner(self, head: Tensor, other: _Units, other_head: Tensor) -> Tensor:
+        """Σ over the outputs of the covariance of head · self with other_head · other."""
+        rows = torch.arange(len(self.left), device=head.device).split(1024)  # bounds the memory
+        parts = [(head.T[r] @ other_head * _Units(*(t[r] for t in self)).covariance(other)).sum() for r in rows]
+        return torch.stack(parts).sum()
+
+
+_WEIGHTS: WeakKeyDictionary[BilinearTC, _Weights] = WeakKeyDictionary()
+
+
+def _state(tc: BilinearTC) -> list[Tensor]:
+    return [*tc.parameters(), *tc.buffers()]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; −1 of one that was made in inference mode, which does not tell."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _congruent(matrix: Tensor, f: Tensor) -> Tensor:
+    """Fᵀ M F, F a matrix or the diagonal of one."""
+    return _symmetric(f[:, None] * matrix * f if f.ndim == 1 else f.T @ matrix @ f)
+
+
+def _transposed_times(f: Tensor, matrix: Tensor) -> Tensor:
+    return f[:, None] * matrix if f.ndim == 1 else f.T @ matrix
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k eigenvalues of largest magnitude [directions, k], and eigenvectors [directions, n, k], of symmetric maps.
+
+    Lanczos iterations with full reorthogonalization, until the residuals are so small that their squares, which the
+    eigenvalues' errors are of the size of, are below rounding.
+
+    Args:
+        apply: one operator a direction, on [directions, n].
+        start: random [directions, n].
+    """
+    directions, n = start.shape
+    generator = torch.Generator().manual_seed(1)
+    eps = torch.finfo(start.dtype).eps
+    basis = start.new_empty(directions, 64, n)
+    diagonal, off_diagonal = [], []
+    size = start.new_zeros(directions)
+
+    def orthogonal(row: Tensor, m: int) -> Tensor:
+        for _ in range(2):  # once leaves what cancels
+            row = row - ((basis[:, :m] @ row.unsqueeze(-1)).mT @ basis[:, :m]).squeeze(1)
+        return row
+
+    row = start
+    for m in range(1, n + 1):
+        if m > basis.shape[1]:
+            basis = torch.cat([basis, torch.empty_like(basis)], 1)
+        basis[:, m - 1] = row / row.norm(dim=-1, keepdim=True)
+        image = apply(basis[:, m - 1])
+        diagonal.append((image * basis[:, m - 1]).sum(-1))
+        row = orthogonal(image, m)
+        size = torch.maximum(size, image.norm(dim=-1))
+        ended = row.norm(dim=-1) <= 10 * eps * size  # what was reached is a whole of its own: go on elsewhere
+        off_diagonal.append(torch.where(ended, 0, row.norm(dim=-1)))
+        if m == n or (m % 4 == 0 and m >= 2 * k):
+            off = torch.diag_embed(torch.stack(off_diagonal, -1)[:, :-1], 1)
+            values, vectors = torch.linalg.eigh((torch.diag_embed(torch.stack(diagonal, -1)) + off + off.mT).double())
+            order = values.abs().argsort(dim=-1, descending=True)[:, :k]
+            vectors, values = vectors.gather(-1, order.unsqueeze(1).expand(-1, m, -1)), values.gather(-1, order)
+            residual = off_diagonal[-1].unsqueeze(-1) * vectors[:, -1].abs()
+            if m == n or (residual <= eps**0.5 * values[:, :1].abs()).all():
+                break
+        if ended.any():
+            row = torch.where(ended[:, None], orthogonal(torch.randn(row.shape, generator=generator).to(row), m), row)
+    return values, (vectors.mT.to(basis) @ basis[:, :m]).mT
+
+
+def read_norm(module: nn.Module, width: int) -> Norm | None:
+    """What a norm of any class does to rows of a width, by what it makes of a few; None if it is no such norm."""
+    if any(module.children()) or any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    probe = copy.deepcopy(module).float()
+    device = next((parameter.device for parameter in probe.parameters()), torch.device("cpu"))
+    rows = 1000 * (torch.randn(4, width, generator=torch.Generator().manual_seed(0)) + 1).to(device)  # eps is nothing
+    try:
+        with torch.no_grad(), _hooks_silenced(probe):
+            up, down = (_float64(probe(sign * rows[None])[0]) for sign in (1, -1))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # whatever another module makes of them
+        return None
+    if up.shape != rows.shape:
+        return None
+    odd, bias = (up - down) / 2, ((up + down) / 2).mean(0)
+    for kind in ("layernorm", "rmsnorm"):
+        n = _float64(rows)
+        n = n - n.mean(-1, keepdim=True) if kind == "layernorm" else n
+        n = n / n.square().mean(-1, keepdim=True).sqrt()
+        weight = (odd * n).sum(0) / n.square().sum(0)
+        if torch.allclose(weight * n + bias, up, rtol=1e-3, atol=1e-3 * weight.abs().mean().item()):
+            return Norm(kind, weight, bias)
+    return None
+
+
+@torch.no_grad()
+def _norm_before(head: nn.Module, base: nn.Module) -> Norm | None:
+    """The norm whose output enters the language-model head."""
+    calls: list[tuple[nn.Module, Any]] = []
+    entered: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda module, _, output: calls.append((module, output)))
+        for module in base.modules()
+    ]
+    handles.append(head.register_forward_pre_hook(lambda _, args: entered.append(args[0])))
+    try:
+        with _eager():
+            base(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    x = entered[-1]
+    same = (m for m, y in reversed(calls) if isinstance(y, Tensor) and y.shape == x.shape and torch.equal(y, x))
+    return next((norm for module in same if (norm := read_norm(module, x.shape[-1]))), None)
 
 
 class _Captured(Exception):
@@ -634,8 +1220,12 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _float64(tensor: Tensor) -> Tensor:
+    return _on_float64_device(tensor).to(torch.float64)
+
+
+def _on_float64_device(tensor: Tensor) -> Tensor:
     # Apple's MPS has no float64: such tensors are computed with on the CPU.
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 class BilinearTCSet(nn.Module):

@@ -29,6 +29,13 @@ for load in loads:
     assert config.to_dict() == model.config.to_dict(), (config, model.config)
     x = torch.linspace(-2, 2, 6 * config.n_inputs).reshape(2, 3, config.n_inputs)
     with torch.no_grad():
+        spectrum = model.spectrum(torch.ones(config.n_outputs, device=model.device))
+        delta = x.to(model.device) - spectrum.about
+        read = ((delta @ spectrum.eigenvectors) ** 2 * spectrum.eigenvalues).sum(-1) + delta @ spectrum.linear
+        wanted = model(x.to(model.device)).sum(-1).float()
+        digits = 1e-4 if model.dtype == torch.float32 else 0.05
+        assert torch.allclose(read + spectrum.constant, wanted, rtol=digits, atol=digits * wanted.abs().max().item())
+        assert spectrum.share.isfinite().all()
         outputs.append((config.layer_index, type(model).__name__, model(x.to(model.device)).cpu()))
 torch.save(outputs, out)
 """

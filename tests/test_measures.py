@@ -20,14 +20,14 @@ from bilinear_tc.train.massive import massive, median_norm
 from bilinear_tc.train.measuring.held_out import measure
 from bilinear_tc.train.measuring.interchange import changes_explained, interchanged
 from bilinear_tc.train.measuring.jacobian import isotropic_probes, jacobian_scores
-from bilinear_tc.train.measuring.low_variance import Covariances, low_variance_share
+from bilinear_tc.train.measuring.low_variance import low_variance_share
 from bilinear_tc.train.measuring.ordinary import PERCENTS
 from bilinear_tc.train.measuring.quantiles import LogHistogram
 from bilinear_tc.train.measuring.reconstruction import Reconstruction, worst_channel
 from bilinear_tc.train.measuring.replacement import Replacement
 from bilinear_tc.train.measuring.sample import Sample, as_map
 from bilinear_tc.train.measuring.standard_error import influence, standard_error
-from bilinear_tc.train.moments import Moments
+from bilinear_tc.train.moments import Covariances, Moments
 from bilinear_tc.train.processes import is_main, process_count, process_index, start_accelerator
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch

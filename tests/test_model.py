@@ -612,7 +612,7 @@ def use_on(tc, use, base):
             base(input_ids=TOKENS)
 
 
-# -------------------------------------------------------------------------- folded, quadratic_form, spectrum
+# ------------------------------------------------------------------------------------------------------ folded
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -640,51 +640,6 @@ def test_folded_can_be_trained_attached_and_saved(tmp_path):
     folded.save_pretrained(tmp_path)
     x = torch.randn(3, WIDTH)
     assert torch.equal(BilinearTC.from_pretrained(tmp_path)(x), folded(x))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("leading", [(), (3,), (2, 2)])
-def test_an_output_direction_is_the_quadratic_form(form, leading):
-    tc = transcoder(form, n_inputs=6, n_hidden=9, n_outputs=5).double()
-    u = torch.randn(*leading, 5, dtype=torch.float64)
-    Q, b, c = tc.quadratic_form(u)
-    assert (Q.shape, b.shape, c.shape) == ((*leading, 6, 6), (*leading, 6), leading)
-    assert torch.equal(Q, Q.mT)
-    for row in 5 * torch.randn(20, 6, dtype=torch.float64):
-        value = torch.einsum("...ij,i,j->...", Q, row, row) + b @ row + c
-        torch.testing.assert_close(value, u @ by_the_formula(tc, row), rtol=1e-11, atol=1e-10)
-
-
-def test_the_quadratic_form_of_a_half_precision_model_is_in_float32():
-    tc = transcoder().bfloat16()
-    Q, b, c = tc.quadratic_form(torch.ones(WIDTH))
-    assert (Q.dtype, b.dtype, c.dtype) == (torch.float32,) * 3
-    assert not Q.requires_grad
-    x = torch.randn(WIDTH)
-    torch.testing.assert_close(x @ Q @ x + b @ x + c, by_the_formula(tc, x).sum().float(), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("leading", [(), (2, 3)])
-def test_the_spectrum_is_the_eigenbasis_by_magnitude(form, leading):
-    tc = transcoder(form).double()
-    u = torch.randn(*leading, WIDTH, dtype=torch.float64)
-    values, vectors = tc.spectrum(u)
-    assert (values.shape, vectors.shape) == ((*leading, WIDTH), (*leading, WIDTH, WIDTH))
-    assert (values.abs().diff(dim=-1) <= 0).all()
-    assert values.min() < 0 < values.max()
-    rebuilt = vectors @ torch.diag_embed(values) @ vectors.mT
-    torch.testing.assert_close(rebuilt, tc.quadratic_form(u).quadratic, rtol=1e-10, atol=1e-10)
-    identity = torch.eye(WIDTH, dtype=torch.float64).expand_as(vectors)
-    torch.testing.assert_close(vectors.mT @ vectors, identity, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(), (WIDTH + 1,)])
-def test_a_direction_of_another_width_is_refused(shape):
-    for method in (transcoder().quadratic_form, transcoder().spectrum):
-        with pytest.raises(ValueError, match=r"An output direction has shape \[\.\.\., 16\]") as error:
-            method(torch.zeros(shape))
-        assert one_sentence(error)
 
 
 # ------------------------------------------------------------------------------------------------- save and load

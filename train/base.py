@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bilinear_tc.modeling_bilinear_tc import Site, StandIn
+from bilinear_tc.modeling_bilinear_tc import Norm, Site, StandIn, read_norm
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.mlps import (
+    entered_from,
     find_mlps,
     linear_maps,
     map_of,
@@ -106,6 +107,7 @@ class Base:
         self.num_layers = sum(1 for _ in model.get_submodule(self._blocks_name).children())
         self.layers = check_layers(layers, self.num_layers, mlps)
         widths = {layer: map_of(model, mlps[layer], calls) for layer in self.layers}
+        self._before = {layer: entered_from(model, mlps[layer], calls) for layer in self.layers}
         first = self.layers[0]
         for layer in self.layers:
             if widths[layer] != widths[first]:
@@ -192,6 +194,12 @@ class Base:
     def mlp_path(self, layer: int) -> str:
         """The MLP's path from the causal language model, as `Site` reads it: `gpt_neox.layers.3.mlp`, or a pair."""
         return path_of(self._ends[layer])
+
+    def norm(self, layer: int) -> Norm | None:
+        """What the norm does that a layer's MLP input leaves; None if it leaves none, or one that drops a feature."""
+        found = (norm for module in self._before[layer] if (norm := read_norm(module, self.n_inputs)))
+        norm = next(found, None)
+        return norm if norm is not None and norm.weight.abs().min() > 1e-6 * norm.weight.abs().max() else None
 
     def holds_mlp(self, layer: int) -> bool:
         return layer in self._ends

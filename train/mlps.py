@@ -140,6 +140,20 @@ def parts_between(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> list[s
     return [names[module] for module in ran[start : ran.index(leave) + 1] if not any(module.children())]
 
 
+def entered_from(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> list[nn.Module]:
+    """The modules without children whose output was an MLP's input, the last that ran first."""
+    tensors = next((call.tensors for call in calls if call.module is model.get_submodule(ends[0])), [])
+    same = (
+        c.module
+        for c in reversed(calls)
+        if isinstance(c.output, Tensor)
+        and len(tensors) == 1
+        and c.output.shape == tensors[0].shape
+        and torch.equal(c.output, tensors[0])
+    )
+    return [module for module in same if not any(module.children())]
+
+
 def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, int]:
     """Width of an MLP's input and of its output, UserError if it is no map of one tensor to one, or not run once."""
     enter, leave = map(model.get_submodule, ends)

@@ -1,4 +1,4 @@
-"""Streaming mean and variance per feature, and the fraction of variance unexplained (FVU) that rests on them."""
+"""Streaming mean, variance and covariance, and the fraction of variance unexplained (FVU) that rests on them."""
 
 from __future__ import annotations
 
@@ -77,6 +77,46 @@ class Moments:
 
     def to(self, device: torch.device | str) -> Moments:
         return Moments(*(part.to(device) for part in (self.count, self.mean, self.deviation)))
+
+
+class Covariances:
+    """Covariance of each layer's inputs, float64, streaming.
+
+    Args:
+        shift: [layers, n_inputs], near the mean, so that float32 products keep the covariance's digits.
+    """
+
+    def __init__(self, shift: Tensor) -> None:
+        layers, features = shift.shape
+        self.shift = shift.float()
+        self.counts = shift.new_zeros(layers, dtype=torch.float64)
+        self.sums = shift.new_zeros(layers, features, dtype=torch.float64)
+        self.products = shift.new_zeros(layers, features, features, dtype=torch.float64)
+
+    def add(self, layer: int, x: Tensor) -> None:
+        """Adds rows [rows, n_inputs], float32."""
+        x = x - self.shift[layer]
+        self.counts[layer] += len(x)
+        self.sums[layer] += x.sum(0)
+        self.products[layer] += x.T @ x
+
+    def sum_over_processes(self) -> None:
+        for name in ("counts", "sums", "products"):
+            setattr(self, name, sum_over_processes(getattr(self, name)))
+
+    def covariance(self, layer: int) -> Tensor:
+        """[n_inputs, n_inputs] of the rows added."""
+        mean = self.sums[layer] / self.counts[layer]
+        return self.products[layer] / self.counts[layer] - torch.outer(mean, mean)
+
+    def correlation(self, layer: int) -> Tensor:
+        """[n_inputs, n_inputs] of the rows added; 0 for a feature that does not vary."""
+        covariance = self.covariance(layer)
+        variance = covariance.diagonal()
+        # as in `LeastSquares.solve`: what float32 products leave of a constant
+        varies = variance > 1e-5 * self.products[layer].diagonal() / self.counts[layer]
+        scale = torch.where(varies, 1 / variance.where(varies, 1).sqrt(), 0)
+        return scale[:, None] * covariance * scale
 
 
 def check_finite(inputs: Moments, outputs: Moments, layers: Sequence[int], when: str) -> None:

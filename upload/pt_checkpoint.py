@@ -223,7 +223,7 @@ def export_checkpoint(run: Run, layer: int, folder: Path) -> Path:
     described = OrderedDict((name, getattr(config, name)) for name in CONFIG_FIELDS)
     vars(described).update(described)
     content = {
-        "model_state_dict": {name: tensor for name, tensor in tensors.items() if name not in STATISTICS},
+        "model_state_dict": {name: tensor for name, tensor in tensors.items() if "." in name},
         "optimizer_state_dict": {"state": {}, "param_groups": []},
         "config": described,
         **{key: history[name] for name, key in HISTORIES.items()},

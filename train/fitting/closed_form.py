@@ -23,7 +23,7 @@ from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, Linear, MLPWeights
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.fitting.tangents import SHARE, Tangents
-from bilinear_tc.train.moments import Moments, check_finite
+from bilinear_tc.train.moments import Covariances, Moments, check_finite
 from bilinear_tc.train.processes import sum_over_processes
 
 RIDGE = 1e-5
@@ -187,13 +187,17 @@ def closed_form_start(
 def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) -> None:
     """Sets the stack's moments and statistics, and every unit from the activation that its neuron shows."""
     fits: list[ActivationFit] = []
+    covariances: Covariances | None = None
     for activations in calibration:
         stack.weigh(activations)
         inputs, outputs = (moments.over_processes() for moments in activations.moments())
         check_finite(inputs, outputs, base.layers, "the calibration sample")
         stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
+        covariances = covariances or Covariances(inputs.mean)
         for index, layer in enumerate(base.layers):
             x = activations.x[index]
+            if stack.transcoders[index].config.input_correlation:
+                covariances.add(index, x[activations.weights[index] == 1].float())
             if len(fits) == index:
                 weights = MLPWeights.read(base, layer, x[:READ_ROWS], activations.y[index][:READ_ROWS])
                 ordinary = activations.ordinary[index][:MICRO_ROWS]
@@ -202,9 +206,13 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
             for rows, counted in zip(x.split(MICRO_ROWS), activations.weights[index].split(MICRO_ROWS), strict=True):
                 fits[index].add(rows.float(), counted)
     stack.set_statistics()
-    for transcoder, fit in zip(stack.transcoders, fits, strict=True):
+    if covariances is not None:
+        covariances.sum_over_processes()
+    for layer, (transcoder, fit) in enumerate(zip(stack.transcoders, fits, strict=True)):
         fit.sum_over_processes()
         set_units(transcoder, fit)
+        if covariances is not None and transcoder.config.input_correlation:
+            transcoder.input_correlation.copy_(covariances.correlation(layer))
 
 
 def solve_heads(

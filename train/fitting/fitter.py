@@ -191,8 +191,10 @@ class Progress:
 
 def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
     """One randomly initialized transcoder a layer, float32."""
-    return [
-        BilinearTC(
+    transcoders = []
+    for layer in base.layers:
+        norm = base.norm(layer)
+        transcoder = BilinearTC(
             BilinearTCConfig(
                 n_inputs=base.n_inputs,
                 n_hidden=recipe.n_hidden(base.n_inputs),
@@ -203,10 +205,15 @@ def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[B
                 base_revision=recipe.base_revision,
                 layer_index=layer,
                 mlp_path=base.mlp_path(layer),
+                input_correlation=recipe.init == "mlp",  # its calibration sample tells it
+                input_norm=None if norm is None else norm.kind,
             )
         ).to(device)  # type: ignore[arg-type] # transformers hides the types of `to`
-        for layer in base.layers
-    ]
+        if norm is not None:
+            transcoder.norm_weight.copy_(norm.weight)
+            transcoder.norm_bias.copy_(norm.bias)
+        transcoders.append(transcoder)
+    return transcoders
 
 
 def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]:

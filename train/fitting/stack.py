@@ -139,17 +139,20 @@ class Stack:
             "inputs": vars(self.inputs),
             "outputs": vars(self.outputs),
             "median_norm": self.median_norm,
+            "correlations": [t.input_correlation for t in self.transcoders if t.config.input_correlation],
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from a state; UserError if an earlier version, which knew no massive rows, has written it."""
-        if "median_norm" not in state:
+        """Goes on from a state; UserError if an earlier version, which kept less, has written it."""
+        if not {"median_norm", "correlations"} <= state.keys():
             raise UserError("an earlier version has written the checkpoint: start anew with --no_resume")
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["parameters"][name])
         self.inputs = Moments(**state["inputs"]).to(self.device)
         self.outputs = Moments(**state["outputs"]).to(self.device)
         self.median_norm = state["median_norm"].to(self.device)
+        for transcoder, correlation in zip(self.transcoders, state["correlations"], strict=False):
+            transcoder.input_correlation.copy_(correlation)
 
 
 def add(gradients: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.measuring.low_variance import Covariances
 from bilinear_tc.train.measuring.ordinary import Ordinary
 from bilinear_tc.train.measuring.standard_error import influence, standard_error
-from bilinear_tc.train.moments import Moments, fvu, fvu_raw
+from bilinear_tc.train.moments import Covariances, Moments, fvu, fvu_raw
 from bilinear_tc.train.processes import gather_over_processes, sum_over_processes
 from bilinear_tc.train.text.batches import TokenBatch
 
