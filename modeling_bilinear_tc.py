@@ -5,23 +5,29 @@
     y = ŷ · output_std + output_mean
 
 Every output direction is therefore an exact quadratic form in the MLP's input, which `BilinearTC.quadratic_form`
-reads from the weights. This file and `configuration_bilinear_tc.py` need only torch and transformers.
+reads from the weights. `BilinearTCSet` holds the transcoders of a base's layers. This file and
+`configuration_bilinear_tc.py` need only torch and transformers, with the huggingface_hub that it needs itself.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_bilinear_tc import BilinearTCConfig
 
@@ -105,6 +111,9 @@ class Norm(NamedTuple):
     bias: Tensor  # [width]
 
 
+StandIn = Callable[[list[Tensor], Callable[[], Any], Callable[[], Any]], Any]
+
+
 class Site(NamedTuple):
     """Where an MLP is in a base: its input enters one module, and its output leaves one, mostly the same.
 
@@ -116,20 +125,23 @@ class Site(NamedTuple):
     leave: nn.Module
 
     @contextmanager
-    def replaced(self, stand_in: Callable[[list[Tensor], Callable[[], Any]], Any]) -> Iterator[None]:
-        """While the context lasts, `stand_in(entered, true)` says what leaves the MLP: it is given the tensors that
-        entered, and a function that gives what the MLP itself says."""
-        pending: list[list[Tensor]] = []
-        true_enter, true_leave = (_true_forward(module) for module in self)
+    def replaced(self, stand_in: StandIn) -> Iterator[None]:
+        """While the context lasts, `stand_in(entered, true, before)` says what leaves the MLP: it is given the tensors
+        that entered, and functions that give what the MLP itself says, and what would leave it but for this context."""
+        entered: list[Tensor] = []
+        enter_before, leave_before = map(_forward, self)
+        true_leave = _true_forward(self.leave)
+        spliced = hasattr(leave_before, "true_forward")
 
         def enter(*args: Any, **kwargs: Any) -> Any:
-            pending.append(tensors_in(args, kwargs))
-            return true_enter(*args, **kwargs)
+            entered[:] = tensors_in(args, kwargs)
+            return enter_before(*args, **kwargs)
 
         def leave(*args: Any, **kwargs: Any) -> Any:
-            if self.leave is self.enter:
-                return stand_in(tensors_in(args, kwargs), lambda: true_leave(*args, **kwargs))
-            return stand_in(pending.pop() if pending else [], lambda: true_leave(*args, **kwargs))
+            tensors = tensors_in(args, kwargs) if self.leave is self.enter else entered.copy()
+            entered.clear()
+            true = partial(true_leave, *args, **kwargs)
+            return stand_in(tensors, true, partial(leave_before, *args, **kwargs) if spliced else true)
 
         with ExitStack() as stack:
             if self.leave is not self.enter:
@@ -213,16 +225,7 @@ class BilinearTC(PreTrainedModel):
         Raises:
             ValueError: x is not a floating-point tensor whose last dimension is n_inputs.
         """
-        n_inputs = self.input_mean.shape[0]
-        if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != n_inputs:
-            raise ValueError(
-                f"A BilinearTC takes floating-point MLP inputs of shape [..., {n_inputs}], "
-                f"not {x.dtype} of shape {list(x.shape)}."
-            )
-        dtype = next((p.dtype for p in self._last_map.parameters() if not _is_quantized(p)), x.dtype)
-        x = (_widened(x) - self.input_mean) / self.input_std
-        y = _widened(self.normalized_forward(x.to(dtype)))
-        return (y * self.output_std + self.output_mean).to(dtype)
+        return self._output(self.units(x))
 
     def normalized_forward(self, x: Tensor) -> Tensor:
         """Map z-scored inputs x̂ [..., n_inputs] to z-scored outputs ŷ [..., n_outputs]; this is what a fit trains.
@@ -230,20 +233,56 @@ class BilinearTC(PreTrainedModel):
         Form `input_sum` is the published formula `W_left @ (x ⊙ (W_right @ x)) + bias` with the product read as an
         outer product summed over the input axis: Σᵢ xᵢ · (W_right x), computed without the outer product.
         """
-        if self.config.form == "bilinear":
-            return self.head(self.left(x) * self.right(x))
-        return self.W_left(x.sum(-1, keepdim=True) * self.W_right(x))
+        return self._last_map(self._products(x))
 
-    @torch.no_grad()
-    def capture(self, base: nn.Module, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    def units(self, x: Tensor) -> Tensor:
+        """The hidden products left(x̂) ⊙ right(x̂) of raw MLP inputs; in form `input_sum` (Σᵢ x̂ᵢ) · W_right(x̂).
+
+        They are in the units of the z-scores, in which the last map's columns are too: unit k adds
+        `units[..., k] · head.weight[:, k]` to ŷ, and that times `output_std` to y. (`folded().units(x)` has products of
+        raw inputs, and columns in raw outputs.)
+
+        Args:
+            x: raw MLP inputs [..., n_inputs], as for `forward`.
+
+        Returns:
+            [..., n_hidden], in the dtype of the products.
+
+        Raises:
+            ValueError: x is not a floating-point tensor whose last dimension is n_inputs.
+        """
+        n_inputs = self.input_mean.shape[0]
+        if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != n_inputs:
+            raise ValueError(
+                f"A BilinearTC takes floating-point MLP inputs of shape [..., {n_inputs}], "
+                f"not {x.dtype} of shape {list(x.shape)}."
+            )
+        dtype = self._product_dtype(x)
+        return self._products(((_widened(x) - self.input_mean) / self.input_std).to(dtype))
+
+    def _product_dtype(self, x: Tensor) -> torch.dtype:
+        return next((p.dtype for p in self._last_map.parameters() if not _is_quantized(p)), x.dtype)
+
+    def _products(self, x: Tensor) -> Tensor:
+        if self.config.form == "bilinear":
+            return self.left(x) * self.right(x)
+        return x.sum(-1, keepdim=True) * self.W_right(x)
+
+    def _output(self, units: Tensor) -> Tensor:
+        y = _widened(self._last_map(units)) * self.output_std + self.output_mean
+        return y.to(self._product_dtype(units))
+
+    def capture(self, base: Any, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
         """Run the base up to this layer's MLP, and return what enters and leaves it.
 
         Inside `attached` the input is the one that the base as spliced produces, and the output is still the true
         MLP's on it.
 
         Args:
-            base: the language model, with its language-model head or without.
-            inputs: arguments of the base's forward pass, such as `input_ids` [batch, seq].
+            base: the language model, with its language-model head or without; an nnsight `LanguageModel` or a
+                TransformerLens `TransformerBridge` of it does too.
+            inputs: arguments of the base's forward pass, such as `input_ids` [batch, seq]. Those of a bridge go to the
+                model inside it, unless the first is given by position, as in `capture(bridge, "text")`.
 
         Returns:
             The MLP's input [batch, seq, n_inputs] and its output [batch, seq, n_outputs], without gradients.
@@ -252,48 +291,67 @@ class BilinearTC(PreTrainedModel):
             ValueError: the base does not have this transcoder's MLP, or it takes or returns something else.
             RuntimeError: the forward pass never came to that MLP.
         """
-
-        def record(entered: list[Tensor], true: Callable[[], Any]) -> None:
-            raise _Captured(self._input(entered), true())
-
-        try:
-            with self._find_site(base).replaced(record), _eager():
-                base(*args, **inputs)
-        except _Captured as captured:
-            x, y = captured.args
-        else:
-            raise RuntimeError(f"The base's forward pass never came to {self.config.mlp_path}.")
-        self._check_mlp_output(y)
-        if (x.shape[-1], y.shape[-1]) != (self.config.n_inputs, self.config.n_outputs):
-            raise ValueError(f"{self._belongs()} in this base it maps width {x.shape[-1]} to {y.shape[-1]}.")
-        batch = tensors_in(args, inputs)[0].shape[:2] if x.ndim == 2 else x.shape[:-1]  # some decoders (OPT) flatten it
-        return x.reshape(*batch, -1), y.reshape(*batch, -1)
+        return _capture([self], base, args, inputs)[0]
 
     @contextmanager
-    def attached(self, base: nn.Module) -> Iterator[nn.Module]:
-        """While the context lasts, the base runs with this transcoder in place of its MLP.
+    def attached(
+        self,
+        base: Any,
+        *,
+        scale: Mapping[int, float | Tensor] | None = None,
+        add: Mapping[int, float | Tensor] | None = None,
+        error_term: bool | Tensor = False,
+    ) -> Iterator[Any]:
+        """While the context lasts, the base runs with this transcoder in place of its MLP, in `generate` too.
 
         The base's modules, parameters and hooks stay as they are: only the MLP's `forward` is replaced (of an MLP that
         is no module, those of its two ends), and put back on exit, also after an exception. The transcoder computes on
         its own device and in its own dtype; its output goes to the device and dtype of the MLP's input. Gradients flow
-        through it. Contexts may be nested.
+        through it. Contexts may be nested: of those at one MLP, the innermost counts alone.
 
         Args:
-            base: the language model, with its language-model head or without.
+            base: the language model, with its language-model head or without; an nnsight `LanguageModel` or a
+                TransformerLens `TransformerBridge` of it does too, and its traces and hooks then see the transcoder's
+                output as the MLP's.
+            scale: what hidden units (see `units`) are multiplied by: 0.0 switches one off.
+            add: what is added to hidden units after that, a number or a tensor that broadcasts to [batch, seq].
+            error_term: True adds the transcoder's error, true output minus its own without edits, taken in the same
+                pass and without gradients. If nothing is edited, the base's outputs stay as they are, to the bit;
+                gradients go through the transcoder, and so does an edit of its units. But layers that come after an
+                edit, with error terms too, answer it as the true MLPs would. If their transcoders are to answer it,
+                give the errors of the pass without the edit: `y - tc(x)` of a `capture` of the same tokens, a tensor
+                [batch, seq, n_outputs].
 
         Yields:
             The base.
 
         Raises:
             ValueError: the base does not have this transcoder's MLP, its widths differ, or it takes or returns more
-                than one tensor.
+                than one tensor; an edit names a unit that does not exist; the error is of another shape.
         """
+        scale, add = scale or {}, add or {}
+        for unit in {*scale, *add}:
+            if unit not in range(self.config.n_hidden):
+                raise ValueError(f"The hidden units are 0 to {self.config.n_hidden - 1}, but an edit names {unit!r}.")
         site = self._find_site(base)
-        self._check_replaceable(site, base)
+        self._check_replaceable(site, _torch_module(base))
 
-        def stand_in(entered: list[Tensor], _true: Callable[[], Any]) -> Tensor:
+        def stand_in(entered: list[Tensor], true: Callable[[], Any], _before: Callable[[], Any]) -> Tensor:
             x = self._input(entered)
-            return self(x.to(self.input_mean.device)).to(device=x.device, dtype=x.dtype)
+            own_x = x.to(self.input_mean.device)
+            y = (self._output(_edited(self.units(own_x), scale, add)) if scale or add else self(own_x)).to(x)
+            if error_term is False:
+                return y
+            if isinstance(error_term, Tensor):
+                if error_term.numel() != y.numel():
+                    raise ValueError(
+                        f"error_term has shape {list(error_term.shape)}, but the MLP's output {list(y.shape)}."
+                    )
+                return y + error_term.detach().to(y).reshape(y.shape)
+            with torch.no_grad():
+                true_y = true()
+                plain = self(own_x).to(x) if scale or add else y
+            return true_y + (y - plain.detach())  # in this order it is true_y to the bit where nothing is edited
 
         with site.replaced(stand_in):
             yield base
@@ -639,18 +697,18 @@ class BilinearTC(PreTrainedModel):
         if gauge is not None and known not in (gauge, "layernorm"):  # what leaves a LayerNorm is on a sphere as well
             raise ValueError(f"Gauge {gauge!r} needs inputs that leave such a norm, but this layer stores {known}.")
 
-    def _find_site(self, base: nn.Module) -> Site:
+    def _find_site(self, base: Any) -> Site:
         """This transcoder's MLP in a causal language model, in the inner model of one, or in a wrapper (torch.compile,
-        peft) of either."""
+        peft, nnsight, TransformerLens) of either."""
         path = self.config.mlp_path
         if path is None:
             raise ValueError(
                 "This transcoder does not say which MLP it stands in for: set tc.config.mlp_path, "
                 "e.g. 'gpt_neox.layers.3.mlp'."
             )
-        if not isinstance(base, nn.Module):
-            raise ValueError(f"The base must be a loaded model (a torch module), not {type(base).__name__}.")
-        modules = dict(base.named_modules())
+        base = _torch_module(base)
+        # A TransformerLens bridge puts a module of its own around each of the base's.
+        modules = {name.replace("._original_component", ""): module for name, module in base.named_modules()}
         inner_path = path.removeprefix(f"{getattr(base, 'base_model_prefix', '')}.")
         names = site_names(modules, path) or site_names(modules, inner_path)
         if names is None:
@@ -1016,7 +1074,44 @@ def _norm_before(head: nn.Module, base: nn.Module) -> Norm | None:
 
 
 class _Captured(Exception):
-    """Stops a forward pass once the MLP has run; carries the MLP's input and output."""
+    """Stops a forward pass once all MLPs that are captured have run."""
+
+
+@torch.no_grad()
+def _capture(
+    transcoders: Sequence[BilinearTC], base: Any, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """What enters and leaves each transcoder's MLP in one pass of the base, which ends when all of them have run."""
+    captured: dict[BilinearTC, tuple[Tensor, Tensor]] = {}
+
+    def recording(transcoder: BilinearTC) -> StandIn:
+        def record(entered: list[Tensor], true: Callable[[], Any], before: Callable[[], Any]) -> Any:
+            x = transcoder._input(entered).clone()  # copies, since some decoders (Falcon) add to an output in place
+            transcoder._check_mlp_output(y := true())
+            captured.setdefault(transcoder, (x, y.clone()))
+            if len(captured) == len(transcoders):
+                raise _Captured
+            return y if before is true else before()
+
+        return record
+
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_Captured))
+        stack.enter_context(_eager())
+        for transcoder in transcoders:
+            stack.enter_context(transcoder._find_site(base).replaced(recording(transcoder)))
+        (base if args else _torch_module(base))(*args, **inputs)
+    if missing := [str(t.config.mlp_path) for t in transcoders if t not in captured]:
+        raise RuntimeError(f"The base's forward pass never came to {', '.join(missing)}.")
+    pairs = []
+    for transcoder in transcoders:
+        config, (x, y) = transcoder.config, captured[transcoder]
+        if (x.shape[-1], y.shape[-1]) != (config.n_inputs, config.n_outputs):
+            raise ValueError(f"{transcoder._belongs()} in this base it maps width {x.shape[-1]} to {y.shape[-1]}.")
+        given = tensors_in(args, inputs)
+        batch = given[0].shape[:2] if given and x.ndim == 2 else x.shape[:-1]  # some decoders (OPT) flatten it
+        pairs.append((x.reshape(*batch, -1), y.reshape(*batch, -1)))
+    return pairs
 
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -1024,24 +1119,66 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _true_forward(mlp: nn.Module) -> Callable[..., Any]:
-    """The MLP's own forward, also while a transcoder is attached."""
-    return getattr(mlp.forward, "true_forward", mlp.forward)
+def _torch_module(base: Any) -> nn.Module:
+    """The model itself, of an nnsight model or a TransformerLens bridge."""
+    if getattr(base, "dispatched", None) is False:  # nnsight loads no weights before they are needed
+        base.dispatch()
+    for name in ("_module", "original_model"):
+        inner = getattr(base, name, None)
+        base = inner if isinstance(inner, nn.Module) else base
+    if not isinstance(base, nn.Module):
+        raise ValueError(f"The base must be a loaded model (a torch module), not {type(base).__name__}.")
+    return base
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """What the module computes as it stands: its own forward, or a transcoder's that is attached."""
+    if (state := _nnsight_state(module)) is None:
+        return module.forward
+    return getattr(state.body, "forward", partial(state.body, module))
+
+
+def _true_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's own forward, also while a transcoder is attached."""
+    forward = _forward(module)
+    return getattr(forward, "true_forward", forward)
+
+
+def _nnsight_state(module: nn.Module) -> Any:
+    """nnsight's forward of a module shows its traces what enters, runs `state.body(module, ...)`, and shows them what
+    leaves: the body is the module's own forward. None of a module that nnsight has not wrapped."""
+    state = getattr(vars(module).get("forward"), "state", None)
+    return state if hasattr(state, "body") else None
 
 
 @contextmanager
-def _forward_replaced(mlp: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    vars(forward)["true_forward"] = _true_forward(mlp)
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    vars(forward)["true_forward"] = _true_forward(module)
     # A module has a `forward` of its own, beside its class's, where another library or a transcoder has put one.
-    previous = vars(mlp).get("forward")
-    mlp.forward = forward
+    state, previous = _nnsight_state(module), vars(module).get("forward")
+    if state is None:
+        module.forward = forward
+    else:
+        body, state.body = state.body, lambda _module, *args, **kwargs: forward(*args, **kwargs)
+        vars(state.body)["forward"] = forward
     try:
         yield
     finally:
-        if previous is None:
-            del mlp.forward
+        if state is not None:
+            state.body = body
+        elif previous is None:
+            del module.forward
         else:
-            mlp.forward = previous
+            module.forward = previous
+
+
+def _edited(units: Tensor, scale: Mapping[int, Any], add: Mapping[int, Any]) -> Tensor:
+    """Hidden units [..., n_hidden], of which each one named is multiplied by its scale, then added to."""
+    edited = units.clone()
+    for unit in {*scale, *add}:
+        factor, term = (torch.as_tensor(value).to(units) for value in (scale.get(unit, 1.0), add.get(unit, 0.0)))
+        edited[..., unit] = units[..., unit] * factor + term
+    return edited
 
 
 @contextmanager
@@ -1089,6 +1226,189 @@ def _float64(tensor: Tensor) -> Tensor:
 def _on_float64_device(tensor: Tensor) -> Tensor:
     # Apple's MPS has no float64: such tensors are computed with on the CPU.
     return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+class BilinearTCSet(nn.Module):
+    """The transcoders of several layers of one base, in the order of the layers.
+
+    Where only the Hub has this class, transformers fetches it:
+
+        >>> from transformers.dynamic_module_utils import get_class_from_dynamic_module
+        >>> BilinearTCSet = get_class_from_dynamic_module("modeling_bilinear_tc.BilinearTCSet", repo)
+
+    Example:
+        >>> tcs = BilinearTCSet.from_pretrained(repo)
+        >>> tcs.fvu(base, input_ids=input_ids)
+        {0: 0.0003, 1: 0.1292, ...}
+        >>> with tcs.attached(base), tcs[3].attached(base, scale={17: 0.0}):  # one of layer 3's units switched off
+        ...     base.generate(input_ids)
+
+    Args:
+        transcoders: one for each layer, in any order.
+
+    Attributes:
+        layers: their layers' numbers, ascending.
+
+    Raises:
+        ValueError: two are of the same layer, or one does not say of which it is.
+    """
+
+    def __init__(self, transcoders: Iterable[BilinearTC]) -> None:
+        super().__init__()
+        given = list(transcoders)
+        layers = [transcoder.config.layer_index for transcoder in given]
+        if None in layers or len({*layers}) < len(layers):
+            raise ValueError(f"A set holds one transcoder for each layer, but those given are of layers {layers}.")
+        self.layers: list[int] = sorted(layers)
+        self.transcoders = nn.ModuleDict({str(layer): given[layers.index(layer)] for layer in self.layers})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | Path,
+        layers: Iterable[int] | None = None,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> BilinearTCSet:
+        """Load the transcoders of a published set, or of a run's folder.
+
+        Args:
+            where: Hub id, or folder with a subfolder `layer_N` for each layer.
+            layers: the layers' numbers; by default all that are there.
+            revision: branch, tag or commit of the Hub repository.
+            device: where to put them.
+            kwargs: `cache_dir`, `token`, `local_files_only` and `force_download` for the Hub; all others, such as
+                `dtype`, for `BilinearTC.from_pretrained`.
+
+        Raises:
+            ValueError: a layer asked for is not there, or none is.
+            OSError: no such folder, and no Hub repository that can be read.
+        """
+        hub: dict[str, Any] = {"revision": revision}
+        for name in ("cache_dir", "token", "local_files_only", "force_download"):
+            if name in kwargs:
+                hub[name] = kwargs.pop(name)
+        folder = Path(where).expanduser()
+        remote = not folder.is_dir()
+        if remote:
+            try:
+                with _no_progress_bars():
+                    folder = Path(snapshot_download(str(where), allow_patterns="layer_*/*.json", **hub))
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"There are no transcoders at {str(where)!r}: expected a run's folder, or a Hub repository that "
+                    f"you can read, got {type(error).__name__}."
+                ) from error
+        names = [re.fullmatch(r"layer_(\d+)", path.parent.name) for path in folder.glob("layer_*/config.json")]
+        there = sorted(int(name[1]) for name in names if name)
+        if not there:
+            raise ValueError(f"{where} holds no layer_N/config.json: expected a set of transcoders.")
+        chosen = _chosen(layers, there, str(where))
+        if remote:
+            weights = [f"layer_{layer}/*.safetensors" for layer in chosen]
+            hub["revision"] = folder.name  # the commit: a branch may have moved on since
+            snapshot_download(str(where), allow_patterns=weights, tqdm_class=_FilesBar, **hub)
+        with _no_progress_bars():
+            tcs = cls(BilinearTC.from_pretrained(folder / f"layer_{layer}", **kwargs) for layer in chosen)
+        return tcs.to(device=device).eval()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[BilinearTC]:
+        return map(self.__getitem__, self.layers)
+
+    def __getitem__(self, layer: int) -> BilinearTC:
+        """The transcoder of the layer of that number; IndexError if the set has none."""
+        if layer not in self.layers:
+            raise IndexError(_no_layer("This set", [layer], self.layers))
+        return cast(BilinearTC, self.transcoders[str(layer)])
+
+    def capture(self, base: Any, *args: Any, **inputs: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        """What enters and leaves the MLP of every layer, in one pass of the base.
+
+        Arguments, values and errors are those of `BilinearTC.capture`: of each layer, the MLP's input
+        [batch, seq, n_inputs] and its output [batch, seq, n_outputs].
+        """
+        return dict(zip(self.layers, _capture([*self], base, args, inputs), strict=True))
+
+    @contextmanager
+    def attached(
+        self, base: Any, layers: Iterable[int] | None = None, error_term: bool | Mapping[int, Tensor] = False
+    ) -> Iterator[Any]:
+        """While the context lasts, the base runs with these transcoders in place of its MLPs.
+
+        It is `BilinearTC.attached` of each layer, one within the other. To edit units too, attach those layers once
+        more within.
+
+        Args:
+            base: as for `BilinearTC.attached`.
+            layers: the layers' numbers; by default all of the set.
+            error_term: as for `BilinearTC.attached`; errors are given by layer, and a layer without one has none.
+
+        Yields:
+            The base.
+
+        Raises:
+            ValueError: as `BilinearTC.attached` does, or the set has no such layer.
+        """
+        with ExitStack() as stack:
+            for layer in _chosen(layers, self.layers, "This set"):
+                error = error_term if isinstance(error_term, bool) else error_term.get(layer, False)
+                stack.enter_context(self[layer].attached(base, error_term=error))
+            yield base
+
+    @torch.no_grad()
+    def fvu(self, base: Any, *args: Any, **inputs: Any) -> dict[int, float]:
+        """Each layer's fraction of variance unexplained on these inputs, as it is measured for the card.
+
+        It is Σ‖z − ẑ‖² / Σ‖z − mean(z)‖² of outputs z-scored by their own mean and standard deviation over the rows:
+        the mean over output features of each one's FVU, without those that do not vary. Rows are the positions of all
+        sequences that `attention_mask` keeps, or all. The card's are taken over far more text: on a short prompt the
+        outputs vary less, and the FVU is another.
+
+        Arguments and errors are those of `capture`.
+        """
+        fvu = {}
+        kept = inputs.get("attention_mask")
+        for layer, (x, y) in self.capture(base, *args, **inputs).items():
+            rows = ... if kept is None else kept.to(x.device).bool()
+            x, true = x[rows], _float64(y[rows]).flatten(0, -2)
+            y = _float64(self[layer](x.to(self[layer].input_mean.device))).to(true.device).flatten(0, -2)
+            unexplained, spread = ((true - guess).square().sum(0) for guess in (y, true.mean(0)))
+            fvu[layer] = (unexplained / spread)[spread > 0].mean().item()
+        return fvu
+
+
+def _chosen(layers: Iterable[int] | None, there: list[int], where: str) -> list[int]:
+    """The layers asked for, ascending; ValueError if one is not there."""
+    chosen = there if layers is None else sorted({*layers})
+    if missing := [layer for layer in chosen if layer not in there]:
+        raise ValueError(_no_layer(where, missing, there))
+    return chosen
+
+
+def _no_layer(where: str, missing: list[int], there: list[int]) -> str:
+    return f"{where} has no layer {', '.join(map(str, missing))}: it has layers {', '.join(map(str, there))}."
+
+
+class _FilesBar(tqdm):
+    """Of the bars that a download draws, the one that counts files."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | ({"disable": True} if kwargs.get("unit") == "B" else {}))
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 BilinearTC.register_for_auto_class("AutoModel")

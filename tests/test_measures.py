@@ -42,6 +42,7 @@ class Rows(Activations):
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self._x, self._y, self.rows, self._moments_of = x, y, x.shape[1], Moments.of
         self._weights = torch.ones(x.shape[:2])
+        self._ordinary = torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def random_transcoders(base: Base) -> list[BilinearTC]:

@@ -297,7 +297,7 @@ def test_training_details_are_those_recorded(tmp_path: Path) -> None:
     assert rows["Device"] == "2 × NVIDIA H100, computing in bfloat16"
     assert rows["Batch"] == "32 sequences of 128 tokens (4,096 rows)"
     assert rows["Tokens"] == "20,480"
-    assert rows["Optimizer"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.02")
+    assert rows["Optimizer"].startswith("Muon on the matrices, AdamW on the biases; learning rate 0.01")
     unmeasured = dict(table(section(write(change_settings_fit(run, {"steps": 5})), "Training details"), "Setting"))
     assert not {"Wall time", "Device", "Software"} & set(unmeasured)
 
@@ -670,3 +670,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json is not readable"):
         write_model_card(Run(run), repo_id=None, author=None)
     assert not (run / "README.md").exists()
+
+
+def test_layers_that_were_put_back_to_their_start_are_named(tmp_path: Path) -> None:
+    run = pythia_run(tmp_path / "run", layers=range(4))
+    assert "before the first step" not in write(run)
+    for layer, kept in ((0, "start"), (1, "end"), (2, "start"), (3, "start")):
+        path = run / f"layer_{layer}/config.yaml"
+        settings = yaml.safe_load(path.read_text())
+        settings["fit"] = (settings.get("fit") or {}) | {"kept": kept}
+        path.write_text(yaml.safe_dump(settings))
+    assert (
+        "\nLayers 0, 2–3 are as they were before the first step, in closed form: the steps had raised their FVU on "
+        "the held-out text.\n"
+    ) in write(run)

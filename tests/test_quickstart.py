@@ -230,16 +230,17 @@ def beside_the_run(tmp_path, quickstart_run) -> Path:
 def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippets
-    for snippet in snippets:
-        environment = os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", snippet], cwd=beside_the_run, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        unexplained = float(re.search(r"unexplained: ([\d.]+)", done.stdout)[1])
-        loss, spliced = map(float, re.search(r"loss ([\d.]+), with the transcoder ([\d.]+)", done.stdout).groups())
-        assert 0 < unexplained < 0.4
-        assert abs(spliced - loss) < 0.2 * loss
+    environment = os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("hf")), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(  # one after the other: each goes on from those before
+        [sys.executable, "-c", "\n".join(snippets)], cwd=beside_the_run, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    unexplained = float(re.search(r"unexplained: ([\d.]+)", done.stdout)[1])
+    loss, spliced = map(float, re.search(r"loss ([\d.]+), with the transcoder ([\d.]+)", done.stdout).groups())
+    assert 0 < unexplained < 0.4
+    assert abs(spliced - loss) < 0.2 * loss
+    of_layers = re.search(r"by layer: \{0: .*, 3: ([\d.]+),", done.stdout)
+    assert abs(float(of_layers[1]) - unexplained) < 0.1
 
 
 @pytest.fixture(scope="module")

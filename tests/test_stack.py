@@ -154,12 +154,16 @@ def test_a_massive_row_has_no_part_in_the_statistics_and_counts_by_its_relative_
     y[7] *= 100 * median[1] / y[7].norm()
     activations.weigh(median)
     others = [row for row in range(40) if row != 7]
-    assert activations.weights[1, 7].item() == pytest.approx(1e-2)
+    assert activations.weights[1, 7].item() == pytest.approx((20 / 100) ** 2)
     assert (activations.weights[1, others] == 1).all()
     inputs, outputs = activations.moments()
     assert outputs.count.flatten().tolist() == [40, 39, 40]
     torch.testing.assert_close(outputs.mean[1].float(), y[others].mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(inputs.std[1].float(), activations.x[1][others].std(0, correction=0), rtol=1e-4, atol=0)
+    y[7] *= 15 * median[1] / y[7].norm()
+    activations.weigh(median)
+    assert (activations.weights == 1).all()  # massive, and no more than it counts as
+    assert activations.moments()[1].count.flatten().tolist() == [40, 39, 40]
 
 
 def test_in_a_layer_whose_typical_output_is_nothing_no_row_is_massive():

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bilinear_tc.modeling_bilinear_tc import Norm, Site, read_norm
+from bilinear_tc.modeling_bilinear_tc import Norm, Site, StandIn, read_norm
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.mlps import (
     entered_from,
@@ -262,8 +262,8 @@ class Base:
         """
         seen = set()
 
-        def visiting(layer: int) -> Callable[[list[Tensor], Callable[[], Tensor]], Tensor]:
-            def visited(entered: list[Tensor], true: Callable[[], Tensor]) -> Tensor:
+        def visiting(layer: int) -> StandIn:
+            def visited(entered: list[Tensor], true: Callable[[], Tensor], _before: Callable[[], Tensor]) -> Tensor:
                 seen.add(layer)
                 y = true()
                 visit(layer, *(t.reshape(*input_ids.shape, -1) for t in (entered[0], y)))  # OPT flattens it

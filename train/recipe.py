@@ -161,7 +161,7 @@ class Recipe:
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if self.lr is None:
-            self.lr = 0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25
+            self.lr = float(f"{0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25:.3g}")
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
             ("seed", self.seed < 2**64, "below 2 to the 64th, so as to fit in 64 bits"),

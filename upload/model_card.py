@@ -175,6 +175,7 @@ def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[s
         "settled_steps": min(files.SETTLED_STEPS, longest),
         "settings": settings,
         "fit": defaultdict(lambda: None, settings.get("fit") or {}),
+        "kept_starts": [layer for layer in layers if (run.settings(layer).get("fit") or {}).get("kept") == "start"],
         "tables": tables,
         "figures": figures,
         "tree": "\n".join([".", *repository_tree(repository, layers)]),

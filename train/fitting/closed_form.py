@@ -200,7 +200,7 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
                 covariances.add(index, x[activations.weights[index] == 1].float())
             if len(fits) == index:
                 weights = MLPWeights.read(base, layer, x[:READ_ROWS], activations.y[index][:READ_ROWS])
-                ordinary = activations.weights[index][:MICRO_ROWS] == 1
+                ordinary = activations.ordinary[index][:MICRO_ROWS]
                 first = Moments.of(weights.gate(x[:MICRO_ROWS].float()), ordinary).over_processes()
                 fits.append(ActivationFit(weights, first))
             for rows, counted in zip(x.split(MICRO_ROWS), activations.weights[index].split(MICRO_ROWS), strict=True):
@@ -226,7 +226,7 @@ def solve_heads(
     for number, activations in enumerate(calibration):
         stack.weigh(activations)
         if equations is None:
-            rows = activations.x[:, :MICRO_ROWS], activations.weights[:, :MICRO_ROWS] == 1
+            rows = activations.x[:, :MICRO_ROWS], activations.ordinary[:, :MICRO_ROWS]
             of_layers = zip(stack.transcoders, *rows, strict=True)
             first = Moments.stack([Moments.of(units(t, x), ordinary) for t, x, ordinary in of_layers])
             equations = LeastSquares(first.over_processes().mean, torch.zeros_like(stack.outputs.mean))

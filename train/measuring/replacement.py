@@ -145,7 +145,10 @@ def mean_output(base: Base, transcoders: Sequence[BilinearTC]) -> Iterator[None]
         for transcoder in transcoders:
 
             def say_mean(
-                _entered: list[Tensor], true: Callable[[], Tensor], mean: Tensor = transcoder.output_mean
+                _entered: list[Tensor],
+                true: Callable[[], Tensor],
+                _before: Callable[[], Tensor],
+                mean: Tensor = transcoder.output_mean,
             ) -> Tensor:
                 output = true()
                 return mean.to(output).expand_as(output).clone()  # some decoders (Falcon) add to it in place
