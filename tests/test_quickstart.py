@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -84,7 +85,7 @@ def test_the_run_holds_what_the_readme_says(quickstart_run):
     }
     assert {name for name in files if not name.startswith("checkpoints/")} == expected
 
-    recipe = parse_recipe(["--recipe", "quickstart", "--output_dir", str(run)])
+    recipe = replace(parse_recipe(["--recipe", "quickstart", "--output_dir", str(run)]), bos="none")  # as found
     assert Recipe(**read_settings(run / "recipe.yaml")) == recipe
     checkpoints = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
     assert len(checkpoints) == 2
@@ -148,11 +149,12 @@ def test_a_run_is_written_in_utf8_whatever_the_locale(tmp_path):
 @pytest.mark.slow
 def test_it_prints_a_table_and_what_to_try_next(quickstart_run):
     evaluation = json.loads((quickstart_run.folder / "evaluation.json").read_text())
-    rows = {row[0]: row[1:] for row in map(str.split, quickstart_run.printed.splitlines()) if len(row) == 9}
+    rows = {row[0]: row[1:] for row in map(str.split, quickstart_run.printed.splitlines()) if len(row) == 10}
     for name, figures in [*evaluation["layers"].items(), ("mean", evaluation["mean"])]:
-        fvu, error, ordinary, _, affine, cosine, _, worst = rows[name]
+        fvu, error, start, ordinary, _, affine, cosine, _, worst = rows[name]
         assert float(fvu) == pytest.approx(figures["fvu"], abs=6e-5)
         assert float(error.lstrip("±")) == pytest.approx(figures["fvu_se"], abs=6e-5)
+        assert float(start) > float(fvu)
         assert float(ordinary) == pytest.approx(figures["fvu_ordinary"], abs=6e-5)
         assert float(affine) == pytest.approx(figures["fvu_linear"], abs=6e-5)
         assert float(cosine) == pytest.approx(figures["jacobian_cosine"], abs=6e-4)

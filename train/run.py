@@ -45,8 +45,7 @@ RECIPE, EVALUATION = "recipe.yaml", "evaluation.json"
 CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config.yaml", "history.parquet"
 LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
-START = "start"  # the layers as the fit began with them, among the checkpoints
-LOGS = "logs"  # the trackers', among the checkpoints
+START, LOGS = "start", "logs"  # among the checkpoints: the layers as the fit began with them; the trackers' files
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
 UNRECORDED = {"max_steps": 0, "jvp": 0.0, "bos": "none"}  # what a recipe.yaml means that does not name them
@@ -102,8 +101,9 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
+        settings = UNRECORDED | self.recipe_settings
         try:
-            return Recipe(**{**UNRECORDED, **self.recipe_settings})
+            return Recipe(**settings)
         except UserError as error:
             raise UserError(f"{RECIPE} of {self.where}: {error}") from error
 

@@ -94,7 +94,10 @@ class MLPWeights:
         """How the output [rows, n_outputs] changes along tangents [rows, n_inputs] at inputs x: [rows, n_inputs]."""
         x, tangent = x.to(self.gate.weight.dtype), tangent.to(self.gate.weight.dtype)
         z = self.gate(x)
-        value, slope = torch.func.jvp(self.act, (z,), (torch.ones_like(z),))[:2]
+        with torch.enable_grad():  # backward, which an activation written as its own autograd.Function has too
+            value = self.act(z.requires_grad_())
+            slope = torch.autograd.grad(value.sum(), z)[0]
+        value = value.detach()
         hidden = slope * nn.functional.linear(tangent, self.gate.weight)
         if self.up is not None:
             hidden = hidden * self.up(x) + value * nn.functional.linear(tangent, self.up.weight)
