@@ -101,7 +101,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe that it was fitted with; settings that are not known of an imported set have their defaults."""
-        settings = UNRECORDED | self.recipe_settings
+        settings: dict[str, Any] = UNRECORDED | self.recipe_settings
         try:
             return Recipe(**settings)
         except UserError as error:
