@@ -94,10 +94,7 @@ class MLPWeights:
         """How the output [rows, n_outputs] changes along tangents [rows, n_inputs] at inputs x: [rows, n_inputs]."""
         x, tangent = x.to(self.gate.weight.dtype), tangent.to(self.gate.weight.dtype)
         z = self.gate(x)
-        with torch.enable_grad():  # backward, which an activation written as its own autograd.Function has too
-            value = self.act(z.requires_grad_())
-            slope = torch.autograd.grad(value.sum(), z)[0]
-        value = value.detach()
+        value, slope = value_and_slope(self.act, z)
         hidden = slope * nn.functional.linear(tangent, self.gate.weight)
         if self.up is not None:
             hidden = hidden * self.up(x) + value * nn.functional.linear(tangent, self.up.weight)
@@ -106,6 +103,16 @@ class MLPWeights:
     @property
     def width(self) -> int:
         return len(self.gate.weight)
+
+
+def value_and_slope(act: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """An elementwise activation and its derivative at z; backward if it (BLOOM's own GELU) has no forward rule."""
+    try:
+        return torch.func.jvp(act, (z,), (torch.ones_like(z),))[:2]
+    except RuntimeError:
+        with torch.enable_grad():
+            value = act(z.requires_grad_())
+            return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
 
 def roles_of(parts: Sequence[nn.Module], n_inputs: int, n_outputs: int) -> list[tuple[Linear, Linear | None, Linear]]:
