@@ -55,7 +55,7 @@ def base_without_weights(folder: Path) -> Path:
 def base_with_a_tokenizer_of_another_package(folder: Path) -> Path:
     base = write_base(folder / "base")
     (base / "tokenizer.json").unlink()
-    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "CpmAntTokenizer"}')
     return base
 
 
@@ -120,7 +120,7 @@ def empty_text(folder: Path) -> Path:
         ("--seq_len", 65, "the base takes sequences of up to 64 tokens, but seq_len is 65; lower it with --seq_len"),
         ("--base", base_without_weights, "the base takes sequences of up to 16 tokens, but seq_len is 32"),
         ("--base", empty_folder, "the base '.*/empty' cannot be loaded: expected a Hugging Face model"),
-        ("--base", base_with_a_tokenizer_of_another_package, "the base '.*/base' cannot be loaded: .* MarianTokenizer"),
+        ("--base", base_with_a_tokenizer_of_another_package, "the base '.*/base' cannot be loaded: .* CpmAntTokenizer"),
         ("--base", damaged(hidden_act="swoosh"), "the base '.*/base' cannot be loaded: .* got: unknown 'swoosh'"),
         ("--base", damaged(num_attention_heads=3), "the base '.*/base' cannot be loaded: .* got: .*heads"),
         ("--base", damaged(), "the base '.*/base' cannot be loaded: expected a Hugging Face model"),
