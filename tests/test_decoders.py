@@ -142,6 +142,7 @@ def test_the_mlp_itself_in_its_place_changes_nothing_and_its_absence_is_that_of_
             handle.remove()
 
 
+@pytest.mark.slow
 def test_it_is_fitted_and_measured(base: Base) -> None:
     """From the closed form if the MLP is of two maps, from noise otherwise; the loss with its mean output is finite."""
     expected = called_by_hand(base, tokens())

@@ -72,6 +72,7 @@ def test_a_subset_of_layers_and_a_smaller_set_later(tmp_path: Path) -> None:
     assert names(written)[2:] == ["training_curves_overlaid_layers_1_10.png"]
 
 
+@pytest.mark.slow
 def test_drawing_again_gives_the_same_bytes(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(3))
     before = [path.read_bytes() for path in draw(run)]

@@ -15,6 +15,7 @@ from bilinear_tc.train.quickstart import make_base
 from bilinear_tc.train.text.documents import python_stdlib_files
 
 
+@pytest.mark.slow
 def test_the_base_that_it_leaves_loads_in_float32_and_has_the_loss_that_its_card_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

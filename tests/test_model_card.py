@@ -535,6 +535,7 @@ def test_citation_names_author_and_url(tmp_path: Path) -> None:
     assert "url" not in nobody
 
 
+@pytest.mark.slow
 def test_writing_again_gives_the_same_card(tmp_path: Path) -> None:
     run = write_tiny_run(tmp_path / "run", layers=range(2))
     draw_figures(Run(run), run / FIGURES)

@@ -37,6 +37,7 @@ def local_run(tmp_path: Path, dataset: str) -> Path:
 
 @pytest.mark.parametrize("save_dtype", [None, "bfloat16"])
 @pytest.mark.parametrize(("dataset", "name"), [("texts/*.jsonl", "*.jsonl"), ("texts", "texts/")])
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_any_published_file(
     tmp_path: Path, dataset: str, name: str, save_dtype: str | None
 ) -> None:

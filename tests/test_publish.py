@@ -258,6 +258,7 @@ def test_with_pt_adds_the_earlier_layout_and_the_next_publication_without_it_rem
     assert not checkpoints & set(published(hub))
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_main_left_alone(hub: HubServer, publisher: Publisher, run: Path) -> None:
     hub.put(REPO, {"README.md": b"---\nlicense: mit\n---\n"})
     main = published(hub)
@@ -572,6 +573,7 @@ def test_a_base_that_cannot_be_asked_for_its_layers_is_said(run: Path, capsys: p
         (["--repo_id", REPO, "--create_pr", "--tag", "v1"], "hf_loopbackWriteToken", ["--tag", "--create_pr"]),
     ],
 )
+@pytest.mark.slow
 def test_a_refusal_is_one_sentence_with_the_remedy(
     publisher: Publisher, hub: HubServer, run: Path, flags: list[str], token: str, words: list[str]
 ) -> None:

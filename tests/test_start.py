@@ -54,6 +54,7 @@ def test_a_layer_that_its_steps_harm_is_put_back_to_the_closed_form(harmed: Run,
         assert closed_form.evaluation.layers[layer].fvu == pytest.approx(fit["fvu_start"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layer_that_gains_keeps_its_steps(tiny_fit: TinyFit) -> None:
     closed_form = Run(tiny_fit.reference(*held_out(tiny_fit, *HELPFUL, "--max_steps", 0)))
     run = Run(tiny_fit.reference(*held_out(tiny_fit, *HELPFUL)))
@@ -73,6 +74,7 @@ def test_the_table_says_which_layers_are_as_they_began(tiny_fit: TinyFit, harmed
         assert words in again.stdout
 
 
+@pytest.mark.slow
 def test_a_kill_while_layers_are_put_back_ends_in_the_same_set(tiny_fit: TinyFit, harmed: Run, tmp_path: Path) -> None:
     """After the first layer's weights were put back, and before the export was noted anew."""
     run = tmp_path / "run"
@@ -90,6 +92,7 @@ def test_a_kill_while_layers_are_put_back_ends_in_the_same_set(tiny_fit: TinyFit
     assert [f["kept"] for f in fits(Run(run))] == ["start", "start"]
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_start_was_written_loses_it_not(tiny_fit: TinyFit, tmp_path: Path) -> None:
     """The checkpoint of step 0 is there, and nothing after it."""
     flags = held_out(tiny_fit, *HARMFUL)
