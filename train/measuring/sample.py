@@ -95,7 +95,8 @@ def watched(base: Base) -> Iterator[tuple[dict[str, Tensor], dict[int, nn.Module
         return hook
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
+        if isinstance(output, Tensor) and len(given) == 1 and isinstance(given[0], Tensor):  # as a norm is called
             calls.append((module, first_tensor(args, kwargs), output))
 
     def before_mlp(k: int) -> Callable[..., None]:

@@ -216,7 +216,7 @@ def run_commands(name: str, start: str, folder: Path) -> str | None:
         shutil.copyfile(REPOSITORY_ROOT / "train" / "quickstart" / file, base / file)
     recipe = recipe_of(name, init=start).to_dict()
     given = ["seq_len", "batch_size", "hidden_multiplier", "init_tokens", "eval_tokens", "max_steps", "init"]
-    given += ["layers", "mlp_path"]
+    given += ["layers", "mlp_path", "jvp"]
     flags = [f"--{key}={recipe[key]}" for key in given if recipe[key] is not None]
     for script, *arguments in (
         ("train/fit.py", "--recipe=quickstart", f"--base={base}", f"--output_dir={run}", "--shuffle_buffer=0", *flags),
