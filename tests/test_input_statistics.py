@@ -32,7 +32,8 @@ def started(base: Base, massive: slice = slice(0)) -> tuple[Stack, list[torch.Te
         for batch in batches:
             activations.fill(batch, 16)
             if seen:  # the first batch's rows show which MLP it is
-                activations.y[1, massive] *= 1000
+                sizes = activations.y[1].norm(dim=-1, keepdim=True)
+                activations.y[1, massive] *= 15 * sizes.median() / sizes[massive]  # massive, and at full weight
             if what == "moments":
                 seen.append(activations.x.clone())
             yield activations

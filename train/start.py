@@ -39,8 +39,10 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) 
 
     def keep() -> None:
         for layer, fvu_start, fvu_end in zip(base.layers, before, after, strict=True):
-            facts = {"kept": "start" if fvu_start < fvu_end else "end", "fvu_start": fvu_start, "fvu_end": fvu_end}
             settings = run.settings(layer)
+            facts = {"kept": "start" if fvu_start < fvu_end else "end", "fvu_start": fvu_start, "fvu_end": fvu_end}
+            if settings["fit"].get("kept") == "start":  # measured anew: its end is not there any more
+                facts = {"kept": "start", "fvu_start": fvu_start}
             with written_whole(run.layer_folder(layer)) as scratch:
                 if facts["kept"] == "start":
                     for name in (CONFIG, WEIGHTS):

@@ -197,7 +197,7 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
         for index, layer in enumerate(base.layers):
             x = activations.x[index]
             if stack.transcoders[index].config.input_correlation:
-                covariances.add(index, x[activations.weights[index] == 1].float())
+                covariances.add(index, x[activations.ordinary[index]].float())
             if len(fits) == index:
                 weights = MLPWeights.read(base, layer, x[:READ_ROWS], activations.y[index][:READ_ROWS])
                 ordinary = activations.ordinary[index][:MICRO_ROWS]

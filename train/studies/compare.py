@@ -9,6 +9,7 @@ ReLU, as in bigger models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -109,18 +110,25 @@ def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None)
     return unexplained
 
 
+def fit_steps(recipe: Recipe, base: Base, name: str) -> Iterator[tuple[Fitter, int]]:
+    """A fit under a bar of this name: the fitter, and the tokens read, at its start and after each of its steps."""
+    with open_batches(recipe, base.tokenizer, base.model.device) as text:
+        fitter = Fitter(recipe, base, base.model.device)
+        tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
+        yield fitter, tokens
+        for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):
+            tokens += fitter.step(next(text), step)[2]
+            yield fitter, tokens
+
+
 def run_recipe(recipe: Recipe, base: Base, held_out: Activations, name: str, points: int = 0) -> Curve:
     """Fits a recipe, measuring on held-out text as it goes."""
-    curve, device = Curve(), base.model.device
-    with open_batches(recipe, base.tokenizer, device) as text:
-        fitter = Fitter(recipe, base, device)
-        tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
-        every = max(1, recipe.max_steps // max(points, 1))
-        for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):
-            if points and step % every == 0:
-                curve.add(tokens, held_out_fvu(fitter, held_out, rows=16384))
-            tokens += fitter.step(next(text), step)[2]
-        curve.add(tokens, held_out_fvu(fitter, held_out))
+    curve, every = Curve(), max(1, recipe.max_steps // max(points, 1))
+    for steps, (fitter, tokens) in enumerate(fit_steps(recipe, base, name)):
+        if steps == recipe.max_steps:
+            curve.add(tokens, held_out_fvu(fitter, held_out))
+        elif points and steps % every == 0:
+            curve.add(tokens, held_out_fvu(fitter, held_out, rows=16384))
     return curve
 
 

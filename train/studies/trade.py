@@ -9,21 +9,16 @@ steps leave them: none is put back to its start.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
-from bilinear_tc.train.fitting.fitter import Fitter
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
-from bilinear_tc.train.text.source import calibration_batches, open_batches
+from bilinear_tc.train.studies.compare import fit_steps
 
 ALONE = 1e4  # a weight of the derivative at which nothing else counts
 CHANGES: dict[str, dict[str, Any]] = {
@@ -48,14 +43,9 @@ class TradeSettings:
     loss_tokens: int = option(16384, "Tokens to measure the loss on with all MLPs replaced.")
 
 
-def fitted(recipe: Recipe, base: Base, device: torch.device, name: str) -> list[BilinearTC]:
+def fitted(recipe: Recipe, base: Base, name: str) -> list[BilinearTC]:
     """The transcoders that a recipe's fit ends with."""
-    with open_batches(recipe, base.tokenizer, device) as text:
-        fitter = Fitter(recipe, base, device)
-        if recipe.init == "mlp":
-            fitter.start(calibration_batches(recipe, text))
-        for number, batch in enumerate(tqdm(islice(text, recipe.max_steps), name, recipe.max_steps, leave=False)):
-            fitter.step(batch, number)
+    *_, (fitter, _tokens) = fit_steps(recipe, base, name)
     fitter.stack.set_statistics()
     return fitter.stack.transcoders
 
@@ -79,7 +69,7 @@ def main() -> None:
     for name, change in CHANGES.items():
         if settings.only is None or settings.only in name:
             changed = replace(recipe, **change)
-            transcoders = fitted(changed, base, device, name)
+            transcoders = fitted(changed, base, name)
             evaluation = measure_held_out(
                 transcoders, changed, base, batch_size=recipe.batch_size, loss_tokens=settings.loss_tokens
             )
