@@ -44,7 +44,7 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) 
             if settings["fit"].get("kept") == "start":  # measured anew: its end is not there any more
                 facts = {"kept": "start", "fvu_start": fvu_start}
             with written_whole(run.layer_folder(layer)) as scratch:
-                if facts["kept"] == "start":
+                if fvu_start < fvu_end:
                     for name in (CONFIG, WEIGHTS):
                         shutil.copyfile(start.layer_folder(layer) / name, scratch / name)
                 write_yaml(settings | {"fit": settings["fit"] | facts}, scratch / SETTINGS)
