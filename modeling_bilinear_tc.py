@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from transformers.utils import logging
 
 from .configuration_bilinear_tc import BilinearTCConfig
 
+_DTYPE = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
 STATISTICS = ("input_mean", "input_std", "output_mean", "output_std")
 
 
@@ -210,6 +212,13 @@ class BilinearTC(PreTrainedModel):
             self.register_buffer("norm_weight", torch.ones(config.n_inputs, dtype=dtype))
             self.register_buffer("norm_bias", torch.zeros(config.n_inputs, dtype=dtype))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`, for which transformers before 4.56 knows `dtype` as `torch_dtype`."""
+        if _DTYPE != "dtype" and "dtype" in kwargs:
+            kwargs[_DTYPE] = kwargs.pop("dtype")
+        return super().from_pretrained(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map MLP inputs to MLP outputs.
