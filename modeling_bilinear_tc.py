@@ -1161,7 +1161,8 @@ class _Frozen(NamedTuple):
     def at(cls, norm: Norm, entered: Tensor, left: Tensor) -> _Frozen:
         weight, bias = norm.weight.to(left), norm.bias.to(left)
         n = cls(norm.kind, weight, left.new_ones(())).forth(entered)
-        return cls(norm.kind, weight, ((left - bias) * n).sum(-1, keepdim=True) / n.square().sum(-1, keepdim=True))
+        size = n.square().sum(-1, keepdim=True).clamp(min=1e-30)  # 0 at padding without an embedding
+        return cls(norm.kind, weight, ((left - bias) * n).sum(-1, keepdim=True) / size)
 
     def forth(self, added: Tensor) -> Tensor:
         return self.factor * self.weight * self._centered(added)
@@ -1204,7 +1205,7 @@ def _way(earlier: BilinearTC, later: BilinearTC, base: Any, inputs: dict[str, An
     """
     module = _torch_module(base)
     seen: dict[str, Tensor] = {}
-    ways_out: dict[nn.Module, Norm | None] = {}
+    known: dict[nn.Module, Norm | None] = {}
     calls: list[tuple[Norm, Tensor, Tensor]] = []
     norms: list[_Frozen] = []
 
@@ -1224,9 +1225,9 @@ def _way(earlier: BilinearTC, later: BilinearTC, base: Any, inputs: dict[str, An
         given = tensors_in(args, kwargs)
         if not seen or len(given) != 1 or not isinstance(output, Tensor) or given[0].shape != output.shape:
             return None
-        if norm not in ways_out:
-            ways_out[norm] = read_norm(norm, output.shape[-1])
-        if (read := ways_out[norm]) is None:
+        if norm not in known:
+            known[norm] = read_norm(norm, output.shape[-1])
+        if (read := known[norm]) is None:
             return None
         frozen = output.detach()
         if same(given[0], seen["added"]):  # the MLP's output itself is normed (Gemma 2, OLMo 2) before it is added
@@ -1256,10 +1257,10 @@ def _way(earlier: BilinearTC, later: BilinearTC, base: Any, inputs: dict[str, An
     if len(seen) < 4:
         raise refusal
     leaf, stream = seen["leaf"], seen["arrived"]
-    for read, given, frozen in calls:
-        if same(frozen, seen["arrived"]):
-            norms.append(_Frozen.at(read, rows(given), rows(stream)))
-            stream = given
+    for read, before, frozen in calls:
+        if same(frozen, stream):
+            norms.append(_Frozen.at(read, rows(before), rows(stream)))
+            stream = before
             break
     if not stream.requires_grad or stream.numel() != leaf.numel():
         raise refusal
