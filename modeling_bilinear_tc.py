@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -103,6 +103,34 @@ class Truncated(NamedTuple):
 
     transcoder: BilinearTC
     fvu: float
+
+
+class PathCheck(NamedTuple):
+    """What became of u·y once a path's units were removed, and how far their direct effect foretold it."""
+
+    predicted: Tensor  # the direct effect [batch, seq], in the base as it is for this check
+    change: Tensor  # u·y with the units minus u·y without them, [batch, seq]
+    r2: float  # 1 − Σ(change − predicted)² / Σ change²; 0 is what a prediction of no change gets
+    direct: float  # Σ predicted · change / Σ change², the part of the change that is direct
+
+
+@dataclass(frozen=True, eq=False)
+class UnitPath:
+    """What units of an earlier layer do to u·y of a later one by the straight way; see `BilinearTCSet.path`.
+
+    Attributes:
+        units: their numbers.
+        effects: of each unit at each token, [batch, seq, units], in the units of u·y.
+        total: u·y with all of them minus u·y without, [batch, seq]; the sum of their effects.
+        spliced: the check in the base with the whole set attached, or None.
+        true: the check in the base with its own MLPs, or None.
+    """
+
+    units: list[int]
+    effects: Tensor
+    total: Tensor
+    spliced: PathCheck | None = None
+    true: PathCheck | None = None
 
 
 class Norm(NamedTuple):
@@ -339,9 +367,7 @@ class BilinearTC(PreTrainedModel):
                 than one tensor; an edit names a unit that does not exist; the error is of another shape.
         """
         scale, add = scale or {}, add or {}
-        for unit in {*scale, *add}:
-            if unit not in range(self.config.n_hidden):
-                raise ValueError(f"The hidden units are 0 to {self.config.n_hidden - 1}, but an edit names {unit!r}.")
+        self._check_units({*scale, *add})
         site = self._find_site(base)
         self._check_replaceable(site, _torch_module(base))
 
@@ -699,6 +725,11 @@ class BilinearTC(PreTrainedModel):
         given = list(about.shape) if isinstance(about, Tensor) else repr(about)
         raise ValueError(f"A form is about 'mean', 'origin' or an input of shape {list(mean.shape)}, not {given}.")
 
+    def _check_units(self, units: Iterable[int]) -> None:
+        for unit in units:
+            if unit not in range(self.config.n_hidden):
+                raise ValueError(f"The hidden units are 0 to {self.config.n_hidden - 1}, but {unit!r} is named.")
+
     def _check_gauge(self, gauge: str | None) -> None:
         known = self.config.input_norm
         if gauge not in (None, "layernorm", "rmsnorm"):
@@ -866,10 +897,15 @@ class _Weights:
         root = torch.where(varies, variances.clamp(min=0), 0).sqrt()
         return vectors * root, vectors * torch.where(varies, 1 / root, 0)
 
+    def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What each unit multiplies, [..., n_hidden] twice, for z [..., n_inputs]."""
+        return z @ self.left.T + self.left_bias, z @ self.right.T + self.right_bias
+
     def tangents(self, u: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Slope [..., n_inputs] and value [...] at z of output directions u [..., n_outputs]."""
-        g, left, right = u @ self.head, self.left @ z + self.left_bias, self.right @ z + self.right_bias
-        return (g * right) @ self.left + (g * left) @ self.right, g @ (left * right) + u @ self.bias
+        """Slope [..., n_inputs] and value [...] of output directions u [..., n_outputs] at z [n_inputs], or of one u
+        [n_outputs] at rows z [..., n_inputs]."""
+        g, (left, right) = u @ self.head, self.factors(z)
+        return (g * right) @ self.left + (g * left) @ self.right, (g * left * right).sum(-1) + u @ self.bias
 
     def form(self, u: Tensor, z: Tensor, gauge: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, slope and value about z of one output direction, and what the gauge moved into the value."""
@@ -1038,7 +1074,7 @@ def _lanczos(apply: Callable[[Tensor], Tensor], start: Tensor, k: int) -> tuple[
 
 def read_norm(module: nn.Module, width: int) -> Norm | None:
     """What a norm of any class does to rows of a width, by what it makes of a few; None if it is no such norm."""
-    if any(module.children()) or any(parameter.is_meta for parameter in module.parameters()):
+    if any(module.children()) or any(p.is_meta or p.ndim > 1 for p in module.parameters()):
         return None
     probe = copy.deepcopy(module).float()
     device = next((parameter.device for parameter in probe.parameters()), torch.device("cpu"))
@@ -1121,6 +1157,133 @@ def _capture(
         batch = given[0].shape[:2] if given and x.ndim == 2 else x.shape[:-1]  # some decoders (OPT) flatten it
         pairs.append((x.reshape(*batch, -1), y.reshape(*batch, -1)))
     return pairs
+
+
+class _Frozen(NamedTuple):
+    """A norm with its statistics held, at rows where it was seen: a linear map of what is added to what enters it."""
+
+    kind: str
+    weight: Tensor  # [width]
+    factor: Tensor  # [rows, 1]: one over what the norm divides by, its eps within
+
+    @classmethod
+    def at(cls, norm: Norm, entered: Tensor, left: Tensor) -> _Frozen:
+        weight, bias = norm.weight.to(left), norm.bias.to(left)
+        n = cls(norm.kind, weight, left.new_ones(())).forth(entered)
+        size = n.square().sum(-1, keepdim=True).clamp(min=1e-30)  # 0 at padding without an embedding
+        return cls(norm.kind, weight, ((left - bias) * n).sum(-1, keepdim=True) / size)
+
+    def forth(self, added: Tensor) -> Tensor:
+        return self.factor * self.weight * self._centered(added)
+
+    def back(self, slope: Tensor) -> Tensor:
+        return self.factor * self._centered(self.weight * slope)
+
+    def _centered(self, rows: Tensor) -> Tensor:
+        return rows - rows.mean(-1, keepdim=True) if self.kind == "layernorm" else rows
+
+
+class _Way(NamedTuple):
+    """The straight way from an MLP's output to a later MLP's input in one pass: a linear map of rows."""
+
+    entered: Tensor  # the earlier MLP [rows, n_inputs]
+    arrived: Tensor  # at the later MLP [rows, n_inputs]
+    batch: torch.Size  # the rows' shape, [batch, seq]
+    norms: list[_Frozen]
+    multiplier: float  # of the residual add
+
+    def forth(self, added: Tensor) -> Tensor:
+        """What of this, added to the earlier output, is added to the later input, [rows, width]."""
+        for norm in self.norms:
+            added = norm.forth(added)
+        return self.multiplier * added
+
+    def back(self, slope: Tensor) -> Tensor:
+        """The slope in the earlier output, of one in the later input."""
+        for norm in reversed(self.norms):
+            slope = norm.back(slope)
+        return self.multiplier * slope
+
+
+@torch.no_grad()
+def _way(earlier: BilinearTC, later: BilinearTC, base: Any, inputs: dict[str, Any]) -> _Way:
+    """Run the base up to the later MLP, and see what of the earlier one's output comes there by residual adds alone.
+
+    What branches off the residual stream leaves it, or comes back to it, through a norm. So if no norm passes a
+    gradient on, what is left of it has come straight; it must be that of a sum, times one number.
+    """
+    module = _torch_module(base)
+    seen: dict[str, Tensor] = {}
+    known: dict[nn.Module, Norm | None] = {}
+    calls: list[tuple[Norm, Tensor, Tensor]] = []
+    norms: list[_Frozen] = []
+
+    def rows(tensor: Tensor) -> Tensor:
+        return _float64(tensor.detach().to(later.input_mean.device)).flatten(0, -2)
+
+    def same(one: Tensor, other: Tensor) -> bool:  # or a view of it
+        return (one.data_ptr(), one.numel()) == (other.data_ptr(), other.numel())
+
+    def leave(entered: list[Tensor], _true: Callable[[], Any], before: Callable[[], Any]) -> Tensor:
+        torch.set_grad_enabled(True)  # from here on, till the end of this function
+        seen["entered"], seen["leaf"] = earlier._input(entered).clone(), before().detach().requires_grad_()
+        seen["added"] = seen["leaf"].clone()  # since some decoders (Falcon) add to an output in place
+        return seen["added"]
+
+    def freeze(norm: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        given = tensors_in(args, kwargs)
+        if not seen or len(given) != 1 or not isinstance(output, Tensor) or given[0].shape != output.shape:
+            return None
+        if norm not in known:
+            known[norm] = read_norm(norm, output.shape[-1])
+        if (read := known[norm]) is None:
+            return None
+        frozen = output.detach()
+        if same(given[0], seen["added"]):  # the MLP's output itself is normed (Gemma 2, OLMo 2) before it is added
+            norms.append(_Frozen.at(read, rows(given[0]), rows(output)))
+            seen["leaf"] = frozen.requires_grad_()
+            seen["added"] = frozen = frozen.clone()
+        calls.append((read, given[0].clone(), frozen))
+        return frozen
+
+    def arrive(entered: list[Tensor], _true: Callable[[], Any], _before: Callable[[], Any]) -> Any:
+        seen["arrived"] = later._input(entered)
+        raise _Captured
+
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_Captured))
+        stack.enter_context(_eager())
+        stack.enter_context(earlier._find_site(base).replaced(leave))
+        stack.enter_context(later._find_site(base).replaced(arrive))
+        for part in module.modules():
+            if not any(part.children()):
+                stack.callback(part.register_forward_hook(freeze, with_kwargs=True).remove)
+        module(**inputs)
+    refusal = ValueError(
+        f"A path follows residual adds and norms, but what {earlier.config.mlp_path} says comes to "
+        f"{later.config.mlp_path} in another way."
+    )
+    if len(seen) < 4:
+        raise refusal
+    leaf, stream = seen["leaf"], seen["arrived"]
+    for read, before, frozen in calls:
+        if same(frozen, stream):
+            norms.append(_Frozen.at(read, rows(before), rows(stream)))
+            stream = before
+            break
+    if not stream.requires_grad or stream.numel() != leaf.numel():
+        raise refusal
+    probe = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).to(leaf)
+    [gradient] = torch.autograd.grad(stream, leaf, probe.reshape(stream.shape), allow_unused=True)
+    if gradient is None:
+        raise refusal
+    multiplier = ((gradient * probe).sum() / probe.square().sum()).item()
+    if not multiplier or not torch.allclose(gradient, multiplier * probe, rtol=16 * torch.finfo(leaf.dtype).eps):
+        raise refusal
+    x = seen["entered"]
+    given = tensors_in((), inputs)
+    batch = given[0].shape[:2] if given and x.ndim == 2 else x.shape[:-1]
+    return _Way(rows(x), rows(seen["arrived"]), batch, norms, multiplier)
 
 
 def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -1367,6 +1530,88 @@ class BilinearTCSet(nn.Module):
                 error = error_term if isinstance(error_term, bool) else error_term.get(layer, False)
                 stack.enter_context(self[layer].attached(base, error_term=error))
             yield base
+
+    @torch.no_grad()
+    def path(
+        self,
+        base: Any,
+        direction: Tensor,
+        from_layer: int,
+        to_layer: int,
+        units: Iterable[int] | None = None,
+        check: bool = False,
+        **inputs: Any,
+    ) -> UnitPath:
+        """What hidden units of an earlier layer do, token by token, to u·y of a later layer's transcoder, directly.
+
+        Directly: unit k writes hₖ·wₖ into the residual stream at its token (h: the earlier transcoder's `units`, w: its
+        `writers`), of which the later layer's norm, its statistics held, makes dₖ at the later MLP's input x. With
+        δ = Σₖ dₖ of all units asked for, and g the slope of u·y at x − δ, the input without them, u·y(x) − u·y(x − δ)
+        is g·δ + δᵀQδ, exactly. Unit k's effect is g·dₖ + dₖᵀQδ: a cross term 2 dₖᵀQdⱼ is shared evenly between its two
+        units, so that effects add up to the total. To have a unit's effect alone, ask for that unit alone.
+
+        Not in it: what goes through the attention, MLPs and norms between, and how the later norm's statistics change.
+        Nor are the earlier layer's bias and its transcoder's error, which no unit writes. If an MLP's output is normed
+        before it is added (Gemma 2, OLMo 2), that norm's statistics are held too.
+
+        Args:
+            base: as for `capture`; within `attached`, as spliced.
+            direction: u [n_outputs].
+            from_layer, to_layer: their numbers.
+            units: of the earlier layer; default: all.
+            check: also remove the units, together, by an intervention: once with the whole set attached, and once with
+                the base's own MLPs, where what the units write is taken from the true output, and u·y is of the later
+                MLP's true output. Four passes of the base and two more paths. R² is over all tokens that
+                `attention_mask` keeps.
+            inputs: arguments of the base's forward pass.
+
+        Returns:
+            A `UnitPath`.
+
+        Raises:
+            ValueError: as `capture` does; there is no such layer or unit, or the direction is not [n_outputs]; what the
+                earlier MLP says does not come to the later one by residual adds and norms.
+        """
+        if from_layer >= to_layer:
+            raise ValueError(f"A path leads from a layer to a later one, not from {from_layer} to {to_layer}.")
+        earlier, later = (self[layer] for layer in _chosen([from_layer, to_layer], self.layers, "This set"))
+        names = [*(range(earlier.config.n_hidden) if units is None else units)]
+        earlier._check_units(names)
+        u = later._directions(direction)
+        if u.ndim > 1:
+            raise ValueError(f"A path leads to one direction [{u.shape[-1]}], not to {list(u.shape)} as given.")
+        writes, reads = earlier._weights(), later._weights()
+
+        def read() -> UnitPath:
+            way = _way(earlier, later, base, inputs)
+            left, right = writes.factors(writes.z(way.entered.to(writes.mean)))
+            products, writers = (of[:, names].to(u) for of in (left * right, writes.head))
+            delta = way.forth(products @ writers.T)
+            with_units, without = (reads.tangents(u, reads.z(x))[1] for x in (way.arrived, way.arrived - delta))
+            # g·d + dᵀQδ is the slope halfway, times d
+            slope, _ = reads.tangents(u, reads.z(way.arrived - delta / 2))
+            effects = products * (way.back(slope / reads.std) @ writers)
+            total = (with_units - without).reshape(way.batch)
+            return UnitPath(names, later._out(effects.reshape(*way.batch, -1)), later._out(total))
+
+        def checked(error_term: bool) -> PathCheck:
+            def value() -> Tensor:
+                x, y = later.capture(base, **inputs)
+                return _float64(y if error_term else later(x.to(later.input_mean.device))).to(u) @ u
+
+            with self.attached(base, error_term=error_term):
+                predicted, before = read().total, value()
+                with earlier.attached(base, scale=dict.fromkeys(names, 0.0), error_term=error_term):
+                    change = before - value()
+            kept = inputs.get("attention_mask")
+            rows = ... if kept is None else kept.to(change.device).bool()
+            true, guess = change[rows], _float64(predicted).to(change)[rows]
+            size = true.square().sum()
+            r2, direct = 1 - (true - guess).square().sum() / size, (true * guess).sum() / size
+            return PathCheck(predicted, later._out(change), r2.item(), direct.item())
+
+        found = read()
+        return replace(found, spliced=checked(False), true=checked(True)) if check else found
 
     @torch.no_grad()
     def fvu(self, base: Any, *args: Any, **inputs: Any) -> dict[int, float]:

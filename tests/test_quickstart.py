@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -13,12 +14,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pyarrow.parquet
 import pytest
 import torch
 import yaml
 from hub_server import HubServer
 from loading import load_in_fresh_process, saved_output
+from make_tour import NOTEBOOK, PAGE, executed
 from quickstart import LAYERS, README, REPOSITORY, QuickstartRun, run_quickstart
 from safetensors.torch import load_file
 from torch.nn.functional import linear
@@ -243,6 +246,50 @@ def test_python_snippets_run_as_printed(beside_the_run, tmp_path_factory):
     assert abs(spliced - loss) < 0.2 * loss
     of_layers = re.search(r"by layer: \{0: .*, 3: ([\d.]+),", done.stdout)
     assert abs(float(of_layers[1]) - unexplained) < 0.1
+
+
+@pytest.mark.slow
+def test_the_tour_runs_and_what_it_tells_holds(beside_the_run):
+    notebook = executed(beside_the_run)
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    for cell, before in zip(notebook.cells, kept.cells, strict=True):
+        kinds, kinds_before = ([output.output_type for output in of.get("outputs", ())] for of in (cell, before))
+        assert kinds == kinds_before
+    fires = printed.partition("R² of the transcoder's prediction of the true MLP's change: ")
+    assert len(re.findall(r"^ *-.*⟦'\\n'⟧", fires[0], re.MULTILINE)) >= 6
+    assert float(fires[2].split()[0]) > 0.9
+    pairs = {(int(a), int(b)): float(r2) for a, b, r2 in re.findall(r"^\((\d), (\d)\) +(\S+)", printed, re.MULTILINE)}
+    assert len(pairs) == 9
+    assert all(r2 > 0.9 for (a, b), r2 in pairs.items() if b == a + 1 and a)
+    assert all(r2 < 0.5 for (a, b), r2 in pairs.items() if b > a + 1)
+    removals = [float(row.split()[-1]) for row in re.findall(r"^ +\d +0\.\d{4} .*", printed, re.MULTILINE)]
+    assert len(removals) == len(LAYERS)
+    assert removals.index(min(removals)) == 1
+
+
+def test_the_tour_is_kept_as_it_ran_and_its_page_shows_it_without_asking_any_server():
+    notebook, page = nbformat.read(NOTEBOOK, as_version=4), PAGE.read_text(encoding="utf-8")
+    kept = NOTEBOOK.read_text(encoding="utf-8")
+    assert not re.search(r"/home/|/tmp/|/Users/|site-packages|\"execution\"|Traceback|stderr", kept)
+    assert max(len(kept), len(page)) < 1_000_000
+    assert not re.search(r"<(script|link|iframe)|src=\"(?!data:)|url\((?!['\"]?data:)|@import", page)
+    shown = re.sub(r"\s", "", html.unescape(re.sub(r"<[^>]*>", "", page)))
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    for cell in code:
+        printed = [output.text for output in cell.outputs if "text" in output]
+        for text in (cell.source, *printed):
+            assert re.sub(r"\s", "", text) in shown
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    for line in "\n".join(prose).splitlines():
+        plain = re.sub(r"[\s`*#]|^- ", "", line)
+        assert plain in shown
+    figures = [
+        output.data["image/png"].replace("\n", "") for cell in code for output in cell.outputs if "data" in output
+    ]
+    assert len(figures) == 3
+    assert all(figure in page.replace("\n", "") for figure in figures)
 
 
 @pytest.fixture(scope="module")

@@ -460,7 +460,7 @@ def test_units_are_edited_while_spliced_in_generate_too(form: str) -> None:
 @pytest.mark.parametrize("edit", [{"scale": {24: 0.0}}, {"add": {-1: 1.0}}, {"add": {"3": 1.0}}])
 def test_a_unit_that_does_not_exist_is_refused(edit: dict) -> None:
     base, tc = tiny_neox(), random_transcoder(NEOX, 1)
-    with pytest.raises(ValueError, match=r"hidden units are 0 to 23, but an edit names .*\.$") as error:
+    with pytest.raises(ValueError, match=r"hidden units are 0 to 23, but .*\.$") as error:
         tc.attached(base, **edit).__enter__()
     assert one_sentence(error)
     assert not any("forward" in vars(module) for module in base.modules())
