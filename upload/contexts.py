@@ -28,7 +28,7 @@ class Context:
 
 
 class Contexts:
-    """The contexts of each feature's highest and lowest values, at most one a sequence and sign; ties go to the earliest.
+    """Where each feature is highest and lowest: at most one context a sequence and sign, the earliest of equal ones.
 
     Args:
         features: how many.
@@ -40,7 +40,7 @@ class Contexts:
         width = len(self.offsets)
         # of each sign: the peaks' values times it [features, contexts], tokens (−1: none) and values [.., .., width]
         empty = torch.empty(features, 0), torch.empty(features, 0, width).long(), torch.empty(features, 0, width)
-        self.sides = {1: empty, -1: empty}
+        self.sides: dict[int, tuple[Tensor, ...]] = {1: empty, -1: empty}
         self.before = before
 
     def add(self, input_ids: Tensor, values: Tensor, text: Tensor, peaks: Tensor) -> None:

@@ -46,14 +46,14 @@ class Asked:
             return cls(unit=int(rest))
         if kind == "logit" and rest.strip() and (match := LOGIT.fullmatch(rest)):
             return cls(tokens=tuple(unquoted(token) for token in match.groups() if token is not None))
-        raise UserError(f'a direction must read like "logit: A - B", "logit: A", unit:17, top or top:20, got {text!r}')
+        raise UserError(f'direction must read like "logit: A - B", "logit: A", unit:17, top or top:20, got {text!r}')
 
 
 def unquoted(token: str) -> str:
     try:
         return json.loads(token) if re.fullmatch(QUOTED, token) else token
     except ValueError as error:
-        raise UserError(f"a token in quotes must be text as JSON has it, got {token.strip()}: {one_line(error)}") from error
+        raise UserError(f"a token in quotes must be a JSON text, got {token.strip()}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,8 @@ class Feature:
         name: for a reader.
         anchor: its place on the layer's page.
         index: its number in the layer: a unit's own, or one beyond the last unit's.
-        raises: the output direction [n_outputs] that it writes along as its value rises; of an eigenvector, whose square
-            counts, as its value moves away from 0.
+        raises: the output direction [n_outputs] that it writes along as its value rises; of an eigenvector, whose
+            square counts, as its value moves away from 0.
     """
 
     name: str
@@ -119,7 +119,7 @@ def read(tc: BilinearTC, asked: Iterable[Asked], base: Base, vocabulary: Vocabul
                 u = tc.logit_direction(base.model, *ids)
             except ValueError as error:
                 raise UserError(f"the logit of {one.tokens[0]!r} cannot be read: {one_line(error)}") from error
-            name = "logit: " + " − ".join(f"“{text}”" for text in one.tokens)
+            name = "logit " + " − ".join(f"“{text}”" for text in one.tokens)
             itself = Feature(name, "-".join(map(str, ["logit", *ids])), n_hidden + (1 + EIGENVECTORS) * len(found), u)
             found[one.tokens] = read_form(tc, u, itself, itself.index + 1, direction=u)
     return list(found.values())
@@ -131,13 +131,7 @@ def read_unit(tc: BilinearTC, unit: int, beyond: int) -> Reading:
 
 
 def read_form(
-    tc: BilinearTC,
-    u: Tensor,
-    itself: Feature,
-    beyond: int,
-    *,
-    direction: Tensor | None = None,
-    unit: int | None = None,
+    tc: BilinearTC, u: Tensor, itself: Feature, beyond: int, *, direction: Tensor | None = None, unit: int | None = None
 ) -> Reading:
     """The form of u·y; the eigenvectors' numbers go on from `beyond`."""
     k = min(tc.config.n_inputs, BARS if unit is None else 2)  # a product of two maps has two eigenvalues

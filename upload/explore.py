@@ -1,6 +1,6 @@
 """Pages and feature files of what a set's layers compute, and of the text that shows it.
 
-    python upload/explore.py runs/quickstart --layer 3 --direction "logit: None - self" unit:17 top
+python upload/explore.py runs/quickstart --layer 3 --direction "logit: None - self" unit:17 top
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import HfArgumentParser
 
 from bilinear_tc.train.errors import command_line

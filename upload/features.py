@@ -31,25 +31,28 @@ def features_of(reading: LayerReading, vocabulary: Vocabulary, name: str) -> Ite
     for number, feature in enumerate(reading.features):
         values = spread.sample(number).double().numpy()
         top, bottom = vocabulary.moved(feature.raises)
-        yield f"{feature.index}.json", {
-            "transcoder_id": f"{name}/layer_{reading.layer}",
-            "index": feature.index,
-            "name": feature.name,
-            "examples_quantiles": [
-                {
-                    "quantile_name": title,
-                    "examples": [example(context, vocabulary) for context in reading.contexts.of(number, sign)],
-                }
-                for sign, title in SIDES.items()
-            ],
-            "top_logits": top,
-            "bottom_logits": bottom,
-            "act_min": spread.low[number].item(),
-            "act_max": spread.high[number].item(),
-            "quantile_values": np.quantile(values, QUANTILES).tolist(),
-            "histogram": np.histogram(values, BINS)[0].tolist(),
-            "activation_frequency": spread.positive[number].item() / spread.seen,
-        }
+        yield (
+            f"{feature.index}.json",
+            {
+                "transcoder_id": f"{name}/layer_{reading.layer}",
+                "index": feature.index,
+                "name": feature.name,
+                "examples_quantiles": [
+                    {
+                        "quantile_name": title,
+                        "examples": [example(context, vocabulary) for context in reading.contexts.of(number, sign)],
+                    }
+                    for sign, title in SIDES.items()
+                ],
+                "top_logits": top,
+                "bottom_logits": bottom,
+                "act_min": spread.low[number].item(),
+                "act_max": spread.high[number].item(),
+                "quantile_values": np.quantile(values, QUANTILES).tolist(),
+                "histogram": np.histogram(values, BINS)[0].tolist(),
+                "activation_frequency": spread.positive[number].item() / spread.seen,
+            },
+        )
 
 
 def example(context: Context, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from bilinear_tc.train.files import written_whole
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import Run
 from bilinear_tc.upload.contexts import Context
 from bilinear_tc.upload.directions import Reading
 from bilinear_tc.upload.findings import distrust
@@ -34,7 +33,9 @@ def page_name(layer: int) -> str:
     return f"layer_{layer}.html"
 
 
-def write_pages(read: SetReading, folder: Path, base: str | None, held_out: Recipe, scores: Evaluation | None) -> list[Path]:
+def write_pages(
+    read: SetReading, folder: Path, base: str | None, held_out: Recipe, scores: Evaluation | None
+) -> list[Path]:
     """Writes a page for each layer that was read into a folder, and returns them; pages of other layers there stay.
 
     The same readings give the same bytes. StorageError if the folder cannot be written.
@@ -46,7 +47,8 @@ def write_pages(read: SetReading, folder: Path, base: str | None, held_out: Reci
         held_out: the recipe whose text was read.
         scores: what was measured of the set on held-out text, if anything was.
     """
-    anchors = {int(re.sub(r"\D", "", page.stem)): anchors_in(page) for page in folder.glob(page_name(0).replace("0", "*"))}
+    there = {page: re.fullmatch(r"layer_(\d+)", page.stem) for page in folder.glob("layer_*.html")}
+    anchors = {int(match[1]): anchors_in(page) for page, match in there.items() if match}
     anchors |= {of.layer: {feature.anchor for feature in of.features} for of in read.layers}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -106,8 +108,8 @@ def measures(scores: Evaluation, layer: int) -> Iterator[tuple[str, str]]:
         ("FVU of the best affine map", own.fvu_linear),
         ("Jacobian cosine", own.jacobian_cosine),
         ("The same along differences of tokens", own.jacobian_cosine_data),
-        ("Mean interchange R²", own.interchange_mean),
         ("Eigenvectors in low-variance directions", own.low_variance_share),
+        ("Mean interchange R²", own.interchange_mean),
     ):
         if value is not None:
             yield label, f"{value:.3f}"
@@ -139,13 +141,14 @@ def reading_context(
     ]
     for feature, value, share in zip(features[1:], values, shares, strict=False):
         feature |= {"value": number(value), "share": f"{share:.1%}"}
-    features[0]["top"], features[0]["bottom"] = map(
-        lambda texts: [readable(text) for text in texts], vocabulary.moved(reading.features[0].raises)
-    )
+    raised, lowered = ([readable(text) for text in side] for side in vocabulary.moved(reading.features[0].raises))
     moments = spread.moments
     return {
         "features": features,
         "unit": reading.unit is not None,
+        "difference": "−" in reading.features[0].name,
+        "raised": raised,
+        "lowered": lowered,
         "constant": number(spectrum.constant.item()),
         "mean": number(moments.mean[start].item()),
         "std": number(moments.std[start].item()),
@@ -191,7 +194,8 @@ def stacked(linear: float, terms: Sequence[float]) -> dict[str, Any]:
         *(("term", f"quadratic term {i + 1}", share) for i, share in enumerate(terms)),
         ("rest", "other quadratic terms", rest),
     ):
-        parts.append({"look": look, "x": round(x, 2), "width": round(WIDTH * share, 2), "label": f"{label}: {share:.1%}"})
+        width = round(WIDTH * share, 2)
+        parts.append({"look": look, "x": round(x, 2), "width": width, "label": f"{label}: {share:.1%}"})
         x += WIDTH * share
     legend = [
         ("linear", f"linear part {linear:.0%}"),
@@ -221,9 +225,7 @@ def shaded(contexts: Sequence[Context], others: Sequence[Context], vocabulary: V
         for place, (token, value) in enumerate(zip(context.tokens, context.values, strict=True)):
             level = min(SHADES, round(SHADES * abs(value) / most))
             looks = [f"{'p' if value > 0 else 'n'}{level}"] * bool(level) + ["peak"] * (place == context.peak)
-            tokens.append(
-                {"text": readable(vocabulary.text(token)), "value": number(value), "shade": " ".join(looks)}
-            )
+            tokens.append({"text": readable(vocabulary.text(token)), "value": number(value), "shade": " ".join(looks)})
         rows.append({"value": number(context.value), "tokens": tokens})
     return rows
 

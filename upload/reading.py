@@ -1,9 +1,9 @@
-"""Reads layers of a set: what is asked for from the weights, and what it does on held-out text, in one pass of the base."""
+"""Reads layers of a set: what is asked for, from the weights, and what it does on held-out text, in one pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ class LayerReading:
         writers: of each eigenvector, by its anchor, the earlier units that write most into it, directly.
         contexts, spread: of all features, in the order of `features`.
         true, error: moments of u·y and of u·ŷ − u·y for the readings of directions, at the tokens counted.
-        massive_norm: tokens whose output is larger are not counted; None if none is known.
-        left_out: how many of the `tokens` that have been read were not counted.
+        massive_norm: tokens whose output is larger are not counted (nor is what only begins a sequence); None: unknown.
+        tokens: how many have been read.
     """
 
     transcoder: BilinearTC
@@ -97,8 +97,7 @@ class LayerReading:
             self.error = error if self.error is None else self.error.merge(error)
 
     def fvu(self) -> Iterator[float | None]:
-        """Of each reading, the fraction of the variance of the true MLP's u·y that the transcoder leaves unexplained; of
-        a unit, which the MLP has not, None."""
+        """Of each reading, the fraction of the true MLP's variance of u·y that is left unexplained; None of a unit."""
         left = []
         if self.true is not None and self.error is not None:
             squares = self.error.deviation + self.error.count * self.error.mean.square()
@@ -137,6 +136,12 @@ def read_set(run: Run, asked: Sequence[str], held_out: Recipe, device: torch.dev
     needed = [layer for layer in run.layers if layer <= max(layers)]
     base = Base.of_recipe(held_out, device, needed)
     transcoders = {layer: run.load(layer).float().to(device) for layer in needed}
+    widths = {(tc.config.n_inputs, tc.config.n_outputs) for tc in transcoders.values()}
+    if widths != {(base.n_inputs, base.n_outputs)}:
+        raise UserError(
+            f"{run.where} is of another base: the MLPs of {held_out.base} map width {base.n_inputs} to {base.n_outputs}, "
+            "which its transcoders do not; name theirs with --base"
+        )
     vocabulary = Vocabulary(base)
     start = settled_bos(held_out, base.tokenizer)
     bos = torch.tensor([] if start == "none" else [int(token) for token in start.split(",")], dtype=torch.long)
@@ -165,7 +170,11 @@ def unit_stds(base: Base, transcoders: Mapping[int, BilinearTC], batch: TokenBat
     """How far each layer's units' products move over a batch's tokens [n_hidden]."""
     stds: dict[int, Tensor] = {}
     text = ... if batch.mask is None else batch.mask
-    base.run(batch.input_ids, lambda layer, x, _: stds.update({layer: transcoders[layer].units(x[text].float()).flatten(0, -2).std(0)}))
+
+    def visit(layer: int, x: Tensor, _: Tensor) -> None:
+        stds[layer] = transcoders[layer].units(x[text].float()).flatten(0, -2).std(0)
+
+    base.run(batch.input_ids, visit)
     return stds
 
 
@@ -196,8 +205,10 @@ def begin(
 def writers_into(
     tc: BilinearTC, vector: Tensor, transcoders: Mapping[int, BilinearTC], stds: Mapping[int, Tensor]
 ) -> list[Writer]:
-    """The earlier units that move v·x most, through the residual stream and the norm in front of the MLP, whose division
-    is the same for all; what goes through attention and other MLPs is not in it."""
+    """The earlier units that move v·x most, through the residual stream and the norm, which divides all alike.
+
+    What goes through attention and other MLPs is not in it.
+    """
     reads = vector
     if tc.config.input_norm is not None:
         reads = reads * tc.norm_weight

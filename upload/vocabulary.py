@@ -23,21 +23,24 @@ class Vocabulary:
     def text(self, token: int) -> str:
         """A token's text with its space, which some tokenizers leave out at the beginning."""
         if token not in self._texts:
-            once, twice = (self._tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+            decode = self._tokenizer.decode
+            once, twice = (str(decode([token] * n, clean_up_tokenization_spaces=False)) for n in (1, 2))
             self._texts[token] = twice[len(once) :] if twice.startswith(once) else once
         return self._texts[token]
 
     def token(self, text: str) -> int:
-        """The token that a text is. UserError, with its tokens, if it is several."""
+        """The token that a text is. UserError if it is several, which it names, or none."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) == 1:
+        if len(ids) == 1 and (ids[0] != self._tokenizer.unk_token_id or text == self._tokenizer.unk_token):
             return ids[0]
-        pieces = f"{len(ids)} tokens: {', '.join(repr(self.text(token)) for token in ids)}" if ids else "none"
-        raise UserError(f"a logit is of one token of the base, but {text!r} is {pieces}; name one token")
+        pieces = f"{len(ids)}, {', '.join(repr(self.text(token)) for token in ids)}" if len(ids) > 1 else "none"
+        raise UserError(f"a logit is of one token of the base, but {text!r} is {pieces}: name one")
 
     def moved(self, direction: Tensor, count: int = 8) -> tuple[list[str], list[str]]:
-        """The tokens whose logits rise most, and fall most, as an output moves along a direction [n_outputs]: its direct
-        effect. None if the base has no output embedding of that width."""
+        """The tokens whose logits rise most, and fall most, as an output moves along a direction [n_outputs], directly.
+
+        There are none if the base has no output embedding of that width.
+        """
         if self._unembedding is None or self._unembedding.shape[1] != len(direction):
             return [], []
         u = direction.to(self._unembedding)
