@@ -139,8 +139,8 @@ def read_set(run: Run, asked: Sequence[str], held_out: Recipe, device: torch.dev
     widths = {(tc.config.n_inputs, tc.config.n_outputs) for tc in transcoders.values()}
     if widths != {(base.n_inputs, base.n_outputs)}:
         raise UserError(
-            f"{run.where} is of another base: the MLPs of {held_out.base} map width {base.n_inputs} to {base.n_outputs}, "
-            "which its transcoders do not; name theirs with --base"
+            f"{run.where} is of another base: the MLPs of {held_out.base} map width {base.n_inputs} to "
+            f"{base.n_outputs}, which its transcoders do not; name theirs with --base"
         )
     vocabulary = Vocabulary(base)
     start = settled_bos(held_out, base.tokenizer)

@@ -31,7 +31,7 @@ class Vocabulary:
     def token(self, text: str) -> int:
         """The token that a text is. UserError if it is several, which it names, or none."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) == 1 and (ids[0] != self._tokenizer.unk_token_id or text == self._tokenizer.unk_token):
+        if len(ids) == 1 and self.text(ids[0]).strip().casefold() == text.strip().casefold():  # not an unknown word's
             return ids[0]
         pieces = f"{len(ids)}, {', '.join(repr(self.text(token)) for token in ids)}" if len(ids) > 1 else "none"
         raise UserError(f"a logit is of one token of the base, but {text!r} is {pieces}: name one")
