@@ -92,11 +92,23 @@ def page_context(
         "tokens_read": f"{of.tokens:,}",
         "left_out": f"{of.tokens - of.spread.seen:,}" if of.tokens > of.spread.seen else None,
         "others": sorted(set(anchors) - {of.layer}),
-        "distrust": unmeasured if scores is None else [sentence.replace("**", "") for sentence in distrust(scores)],
+        "distrust": unmeasured if scores is None else [*trust(scores, of.layer)],
         "measures": [] if scores is None else [*measures(scores, of.layer)],
         "norm": None if norm is None else NORMS[norm],
         "readings": readings,
     }
+
+
+def trust(scores: Evaluation, layer: int) -> Iterator[str]:
+    """When not to trust a reading of the layer, a sentence each."""
+    for sentence in distrust(scores):
+        yield sentence.replace("**", "")
+    errors = scores.layers[layer].error_quantiles or {}
+    if "50" in errors and "99" in errors:
+        yield (
+            f"Do not trust it of a single token: an ordinary token's own error, whose mean is the FVU, is "
+            f"{format_fvu(errors['50'])} in the median, but {format_fvu(errors['99'])} or more at one in a hundred."
+        )
 
 
 def measures(scores: Evaluation, layer: int) -> Iterator[tuple[str, str]]:
