@@ -31,7 +31,7 @@ from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.upload.contexts import Context, Contexts, Spread
 from bilinear_tc.upload.directions import EIGENVECTORS, Asked, alone, read
-from bilinear_tc.upload.explore import ExploreSettings, explore
+from bilinear_tc.upload.explore import ExploreSettings, explore, main
 from bilinear_tc.upload.local_files import list_files
 from bilinear_tc.upload.pages import readable
 from bilinear_tc.upload.reading import LayerReading, writers_into
@@ -56,7 +56,9 @@ def layer(n_inputs: int = 6, n_hidden: int = 5, form: str = "bilinear", index: i
 
 def small_set(folder: Path, **settings: Any) -> Path:
     """A run of three random layers for a random base of width 16 whose tokens are words, and text for it."""
-    write_base_of_words(folder / "base", tiny_neox(), WORDS, WhitespaceSplit())
+    base = tiny_neox()
+    torch.nn.init.uniform_(base.gpt_neox.final_layer_norm.weight, 0.5, 2)
+    write_base_of_words(folder / "base", base, WORDS, WhitespaceSplit())
     random.seed(0)
     for name in ("train", "held_out"):
         (folder / f"{name}.txt").write_text(" ".join(random.choices(WORDS, k=3000)))
@@ -99,7 +101,7 @@ def test_contexts_are_those_of_a_plain_loop_over_all_tokens() -> None:
     batches = []
     for sequences in (4, 1, 3, 5):
         input_ids, values = torch.randint(9, (sequences, 12)), torch.randint(-4, 5, (sequences, 12, 3)) / 2
-        text = torch.arange(12) < torch.randint(1, 13, (sequences, 1))
+        text = torch.arange(12) < torch.randint(1, 25, (sequences, 1))  # half of them are full
         batches.append((input_ids, values, text, text & (torch.rand(sequences, 12) < 0.5)))
     batches[0][-1][1] = False  # a sequence that has no context
     kept = Contexts(3, count=5, before=4, after=2)
@@ -313,11 +315,20 @@ def test_feature_files_have_the_fields_that_circuit_tracer_reads(run: Path) -> N
     assert unit["quantile_values"] == pytest.approx(np.quantile(values, np.linspace(0, 1, 101)), rel=1e-4, abs=1e-6)
     assert sum(unit["histogram"]) == 512
     assert unit["activation_frequency"] == pytest.approx((values > 0).mean(), abs=1 / 512)
-    norm, head = base.model.gpt_neox.final_layer_norm, base.model.get_output_embeddings()
-    writer = tc.writers()[5]
-    logits = head.weight[:8] @ ((writer - writer.mean()) * norm.weight)
-    assert unit["top_logits"] == [words[i] for i in logits.argsort(descending=True).tolist()]
-    assert unit["bottom_logits"] == unit["top_logits"][::-1]
+
+
+def test_the_logits_that_a_unit_moves_are_those_that_the_final_norm_and_the_head_make_of_its_writer(run: Path) -> None:
+    _, features = write(run, layer="1", direction=["top:24"], tokens=256)
+    model = Base.load(str(run.parent / "base"), layers=[1]).model
+    norm, head = model.gpt_neox.final_layer_norm, model.get_output_embeddings()
+    words = ["<eos>", *WORDS]
+    for feature in features:
+        if feature["index"] < 24:
+            writer = Run(run).load(1).writers()[feature["index"]]
+            logits = head.weight[: len(words)] @ ((writer - writer.mean()) * norm.weight)
+            order = logits.argsort(descending=True).tolist()
+            assert [word.strip() for word in feature["top_logits"]] == [words[token] for token in order]
+            assert feature["bottom_logits"] == feature["top_logits"][::-1]
 
 
 def test_tokens_cannot_become_markup_and_the_page_asks_for_nothing(run: Path) -> None:
@@ -490,6 +501,19 @@ def test_pages_are_published_beside_the_card_which_links_to_them(
     assert "held_out.txt" in text
     assert str(tmp_path) not in text
     assert text.count("<section") == 8
+
+    place = (
+        "--base",
+        run.parent / "base",
+        "--dataset",
+        run.parent / "train.txt",
+        "--split",
+        run.parent / "held_out.txt",
+    )
+    asked = ("tester/set", "--layer", 1, "--direction", "unit:3", "--tokens", 256, "--output", tmp_path / "read")
+    read_again = publisher.server.start(main, [*asked, *place], environment=publisher.environment).wait()
+    assert read_again.stdout == f"{tmp_path / 'read' / 'layer_1.html'}\n", read_again.output
+    assert "<h2>unit 3</h2>" in (tmp_path / "read" / "layer_1.html").read_text()
 
     without = publisher.command(*command)
     assert without.returncode == 0, without.output

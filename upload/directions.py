@@ -112,7 +112,8 @@ def read(tc: BilinearTC, asked: Iterable[Asked], base: Base, vocabulary: Vocabul
                 raise UserError(
                     f"layer {tc.config.layer_index} has units 0 to {n_hidden - 1}, but unit:{unit} was asked for"
                 )
-            found.setdefault(unit, read_unit(tc, unit, n_hidden + (1 + EIGENVECTORS) * len(found)))
+            if unit not in found:
+                found[unit] = read_unit(tc, unit, n_hidden + (1 + EIGENVECTORS) * len(found))
         if one.tokens and one.tokens not in found:
             ids = [vocabulary.token(text) for text in one.tokens]
             try:

@@ -133,6 +133,7 @@ def read_set(run: Run, asked: Sequence[str], held_out: Recipe, device: torch.dev
         there = ", ".join(map(str, run.layers))
         raise UserError(f"{run.where} has no layer {', '.join(missing)}: name one that it has ({there}) with --layer")
     check_held_out(held_out, run.recipe)
+    scores = run.evaluation.layers if run.evaluation is not None else {}
     needed = [layer for layer in run.layers if layer <= max(layers)]
     base = Base.of_recipe(held_out, device, needed)
     transcoders = {layer: run.load(layer).float().to(device) for layer in needed}
@@ -146,7 +147,6 @@ def read_set(run: Run, asked: Sequence[str], held_out: Recipe, device: torch.dev
     start = settled_bos(held_out, base.tokenizer)
     bos = torch.tensor([] if start == "none" else [int(token) for token in start.split(",")], dtype=torch.long)
     count = -(-held_out.eval_tokens // (SEQUENCES * held_out.seq_len))
-    scores = run.evaluation.layers if run.evaluation is not None else {}
     with open_held_out(held_out, base.tokenizer, device, SEQUENCES, base.vocabulary) as text:
         batches = islice(text, count)
         first = next(batches)
