@@ -321,10 +321,10 @@ def test_the_logits_that_a_unit_moves_are_those_that_the_final_norm_and_the_head
     _, features = write(run, layer="1", direction=["top:24"], tokens=256)
     model = Base.load(str(run.parent / "base"), layers=[1]).model
     norm, head = model.gpt_neox.final_layer_norm, model.get_output_embeddings()
-    words = ["<eos>", *WORDS]
+    words, writers = ["<eos>", *WORDS], Run(run).load(1).writers()
     for feature in features:
         if feature["index"] < 24:
-            writer = Run(run).load(1).writers()[feature["index"]]
+            writer = writers[feature["index"]]
             logits = head.weight[: len(words)] @ ((writer - writer.mean()) * norm.weight)
             order = logits.argsort(descending=True).tolist()
             assert [word.strip() for word in feature["top_logits"]] == [words[token] for token in order]
