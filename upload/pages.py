@@ -106,7 +106,7 @@ def trust(scores: Evaluation, layer: int) -> Iterator[str]:
     errors = scores.layers[layer].error_quantiles or {}
     if "50" in errors and "99" in errors:
         yield (
-            f"Do not trust it of a single token: an ordinary token's own error, whose mean is the FVU, is "
+            f"Do not trust it of a single token: an ordinary token's own error, in the FVU's unit, is "
             f"{format_fvu(errors['50'])} in the median, but {format_fvu(errors['99'])} or more at one in a hundred."
         )
 
