@@ -604,7 +604,7 @@ class BilinearTC(PreTrainedModel):
 
         against = weight.float().mean(0) if minus is None else row(minus)
         u = _float64(row(token)) - _float64(against)
-        norm = _norm_before(embedding, base)
+        norm = norm_before(embedding, base)
         if norm is not None:
             u = u * norm.weight.to(u.device)
             u = u - u.mean() if norm.kind == "layernorm" else u
@@ -1098,7 +1098,7 @@ def read_norm(module: nn.Module, width: int) -> Norm | None:
 
 
 @torch.no_grad()
-def _norm_before(head: nn.Module, base: nn.Module) -> Norm | None:
+def norm_before(head: nn.Module, base: nn.Module) -> Norm | None:
     """The norm whose output enters the language-model head."""
     calls: list[tuple[nn.Module, Any]] = []
     entered: list[Tensor] = []

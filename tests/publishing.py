@@ -13,7 +13,7 @@ from hub_server import HubServer
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload import publish
 from bilinear_tc.upload.hub import HubRepository
-from bilinear_tc.upload.repository import list_files
+from bilinear_tc.upload.local_files import list_files
 
 
 class Publisher:

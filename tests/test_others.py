@@ -10,7 +10,7 @@ from hub_server import HubServer
 from publishing import Publisher
 from tiny_run import write_tiny_run
 
-from bilinear_tc.upload.repository import list_files
+from bilinear_tc.upload.local_files import list_files
 from bilinear_tc.upload.stamp import stamped, writer_of
 
 REPO = "tester/set"

@@ -33,8 +33,9 @@ from tiny_run import write_tiny_run
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload.hub import HubRepository, XetError
+from bilinear_tc.upload.local_files import hash_file, list_files
 from bilinear_tc.upload.publish import Publication, same_outputs, show_plan
-from bilinear_tc.upload.repository import LAYOUT, UnfitRun, build_repository, check_publishable, hash_file, list_files
+from bilinear_tc.upload.repository import LAYOUT, UnfitRun, build_repository, check_publishable
 
 REPO = "tester/set"
 OVER = {"dirs_exist_ok": True}

@@ -20,7 +20,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import OfflineModeIsEnabled
 
 from bilinear_tc.train.errors import UserError, one_line
-from bilinear_tc.upload.repository import LAYOUT, LocalFile
+from bilinear_tc.upload.local_files import LocalFile
+from bilinear_tc.upload.repository import LAYOUT
 
 Answer = TypeVar("Answer")
 

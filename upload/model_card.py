@@ -26,6 +26,7 @@ from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import FIGURES, described_figures
 from bilinear_tc.upload.findings import distrust, findings
 from bilinear_tc.upload.names import HUB, described_base, described_text
+from bilinear_tc.upload.pages import PAGES, page_name
 
 PREDECESSOR = "Elriggs/hnn_transcoders"
 NOTES_AT = 40  # column of the notes in the repository's tree
@@ -178,6 +179,7 @@ def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[s
         "kept_starts": [layer for layer in layers if (run.settings(layer).get("fit") or {}).get("kept") == "start"],
         "tables": tables,
         "figures": figures,
+        "pages": {n: f"{PAGES}/{page_name(n)}" for n in layers if (repository / PAGES / page_name(n)).is_file()},
         "tree": "\n".join([".", *repository_tree(repository, layers)]),
         "has_history": longest > 0,
         "checkpoint": next((path.name for path in sorted((repository / f"layer_{example}").glob("*.pt"))), None),
@@ -204,6 +206,8 @@ def repository_tree(repository: Path, layers: Sequence[int]) -> Iterator[str]:
     for folder in (FIGURES, f"layer_{layers[0]}"):
         if (repository / folder).is_dir():
             entries[f"{folder}/"] = notes(sorted(files(repository / folder), key=by_number))
+    if (repository / PAGES).is_dir():
+        entries[f"{PAGES}/"] = "a page a layer, to open in a browser"
     if len(layers) > 1:
         last = f" … layer_{layers[-1]}/" if len(layers) > 2 else ""
         entries[f"layer_{layers[1]}/{last}"] = "the same, a folder a layer"

@@ -11,7 +11,8 @@ from huggingface_hub.constants import REPOCARD_NAME
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.run import CODE_FILES
 from bilinear_tc.upload.hub import HubRepository, RemoteFile
-from bilinear_tc.upload.repository import LAYOUT, LocalFile, hash_file
+from bilinear_tc.upload.local_files import LocalFile, hash_file
+from bilinear_tc.upload.repository import LAYOUT
 from bilinear_tc.upload.stamp import writer_of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from bilinear_tc.train.files import locked, sha256_of
 from bilinear_tc.train.run import WEIGHTS, Run
 from bilinear_tc.upload.base_card import PLAIN, read_base_card
 from bilinear_tc.upload.hub import Changes, HubRepository, HubUnreachable, State
+from bilinear_tc.upload.local_files import LocalFile, list_files
 from bilinear_tc.upload.names import is_hub_id
 from bilinear_tc.upload.others import ask, layers_in, losses, own_card, shortened, with_kept_card
-from bilinear_tc.upload.repository import DTYPES, LocalFile, build_repository, check_publishable, list_files, load_layer
+from bilinear_tc.upload.reading import read_set
+from bilinear_tc.upload.repository import DTYPES, build_repository, check_publishable, load_layer
 
 FOLDER = "repository"
 
@@ -66,6 +69,13 @@ class Publication:
         default=None, metadata={"help": "Type of the published weights; by default as in the run."}
     )
     with_pt: bool = field(default=False, metadata={"help": "Add each layer's checkpoint in the earlier .pt layout."})
+    with_pages: bool = field(
+        default=False,
+        metadata={
+            "help": "Add a page a layer, of its strongest units and where in held-out text they are highest and "
+            "lowest, at the cost of a pass of the base over that. upload/explore.py writes pages of what you ask for."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Refuses impossible values.
@@ -107,6 +117,10 @@ def publish(run: Run, settings: Publication) -> State | None:
     check_publishable(run, settings.base_model, allow_partial=settings.allow_partial, offline=offline)
     if not settings.dry_run:
         hub.check_token()
+    read = None
+    if settings.with_pages:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        read = read_set(run, ["top"], dataclasses.replace(run.recipe, layers=None, dtype="float32"), device)
     folder = build_repository(
         run,
         run.folder / FOLDER,
@@ -118,6 +132,7 @@ def publish(run: Run, settings: Publication) -> State | None:
         card=own_card(run.folder / FOLDER, settings.card, overwrite=settings.overwrite),
         save_dtype=settings.save_dtype,
         with_pt=settings.with_pt,
+        read=read,
     )
     local = list_files(folder)
     print(f"{folder}: {counted(len(local), 'file')}, {readable_size(sum(file.size for file in local.values()))}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,9 @@ from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import COMPARISON, DERIVATIVES, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.names import published_base, renamed
+from bilinear_tc.upload.pages import PAGES, page_name, write_pages
 from bilinear_tc.upload.pt_checkpoint import checkpoint_name, export_checkpoint
+from bilinear_tc.upload.reading import SetReading
 from bilinear_tc.upload.stamp import stamped
 
 # What config.json says alike of every layer of a set; the card says it once.
@@ -63,6 +63,7 @@ PATHS = (
     f"{FIGURES}/{COMPARISON}",
     f"{FIGURES}/{DERIVATIVES}",
     f"{FIGURES}/{curves_name([0])}",
+    f"{PAGES}/{page_name(0)}",
     *(f"layer_0/{name}" for name in (*LAYER_FILES, checkpoint_name(0, "muon", 0))),
 )
 LAYOUT = re.compile("|".join(re.escape(path).replace("0", r"\d+").replace("muon", r"\w+") for path in PATHS))
@@ -70,23 +71,6 @@ LAYOUT = re.compile("|".join(re.escape(path).replace("0", r"\d+").replace("muon"
 
 class UnfitRun(UserError):
     """All that is wrong with a run, a line each."""
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file of the repository folder, by the two hashes that the Hub knows contents by.
-
-    Attributes:
-        path: where it lies.
-        size: in bytes.
-        sha256: hash of the content; the Hub's name for a large (LFS) file.
-        git_oid: git's hash of it as a blob; the Hub's name for a small file.
-    """
-
-    path: Path
-    size: int
-    sha256: str
-    git_oid: str
 
 
 def check_publishable(
@@ -281,6 +265,7 @@ def build_repository(
     card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
+    read: SetReading | None = None,
 ) -> Path:
     """Builds the repository folder anew, whole or not at all, and returns it.
 
@@ -292,6 +277,7 @@ def build_repository(
         card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
+        read: add a page for each layer that was read.
 
     Raises:
         UserError: weights do not fit `save_dtype`, readers do not have the base, or the folder cannot be written.
@@ -313,6 +299,8 @@ def build_repository(
             for layer in run.layers:
                 export_checkpoint(repository, layer, repository.layer_folder(layer))
         draw_figures(repository, scratch / FIGURES)
+        if read is not None:
+            write_pages(read, scratch / PAGES, base, run.recipe, run.evaluation)
         readme = scratch / REPOCARD_NAME
         if card is None:
             said: dict[str, Any] = {"repo_id": repo_id, "author": author, "license": license, "base_card": base_card}
@@ -381,20 +369,3 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def list_files(folder: Path) -> dict[str, LocalFile]:
-    """Every file of the repository folder by its path in the repository, with its hashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
-
-
-def hash_file(path: Path) -> LocalFile:
-    """Both hashes of a file in one reading."""
-    size = path.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-            git.update(chunk)
-    return LocalFile(path, size, sha256.hexdigest(), git.hexdigest())

@@ -51,13 +51,7 @@ def measure_held_out(
     held_out, losses = held_out or recipe, loss_tokens > 0
     if losses and recipe.seq_len < 2:
         raise UserError(NOTHING_TO_PREDICT)
-    if held_out.eval_split is None:
-        raise UserError("the recipe names no held-out split (eval_split): name one with --split")
-    if (held_out.dataset, held_out.eval_split) == (recipe.dataset, recipe.split):
-        raise UserError(
-            f"split {held_out.eval_split!r} of {held_out.dataset} is what the set was fitted on: expected held-out "
-            "text; name another with --split or --dataset"
-        )
+    check_held_out(held_out, recipe)
     device = base.model.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype)
@@ -73,6 +67,17 @@ def measure_held_out(
         batches = shown(text, max(count, loss_count), "held-out text")
         evaluation = measure(batches, activations, reconstruction, replacement, count, loss_count)
     return replace(evaluation, dataset=held_out.dataset, split=held_out.eval_split, base=recipe.base)
+
+
+def check_held_out(held_out: Recipe, recipe: Recipe) -> None:
+    """UserError if a recipe names no held-out text, or names as such what `recipe` was fitted on."""
+    if held_out.eval_split is None:
+        raise UserError("the recipe names no held-out split (eval_split): name one with --split")
+    if (held_out.dataset, held_out.eval_split) == (recipe.dataset, recipe.split):
+        raise UserError(
+            f"split {held_out.eval_split!r} of {held_out.dataset} is what the set was fitted on: expected held-out "
+            "text; name another with --split or --dataset"
+        )
 
 
 def shown(batches: Iterable[TokenBatch], count: int, title: str) -> Iterator[TokenBatch]:
