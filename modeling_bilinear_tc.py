@@ -1475,6 +1475,7 @@ def replaced(base: Any, tcs: BilinearTCSet, layers: Iterable[int] | None = None)
     kept = {tc.config.layer_index: {k: getattr(tc.config, k) for k in (*shape, *place)} for tc in chosen}
     model.__class__ = __getattr__(f"BilinearTC{name}")
     model.config.__class__ = model.config_class
+    vars(model).pop("_weight_conversions", None)  # those of the base's class
     model.config.auto_map = {}  # saving adds our own
     model.config.bilinear_tc = {str(layer): config for layer, config in kept.items()}
     return model
@@ -1507,6 +1508,12 @@ def __getattr__(name: str) -> Any:
         config_class = cast(Any, theirs).config_class.__name__
         own |= {"config_class": __getattr__(f"BilinearTC{config_class}"), "_auto_class": "AutoModelForCausalLM"}
         made = type(name, (_Replaced, theirs), own)
+        with suppress(ImportError):  # files keep the names that weights have had in transformers 4
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping as names_in_files
+            from transformers.conversion_mapping import register_checkpoint_conversion_mapping as name_in_files
+
+            if names := names_in_files(theirs.__name__) or names_in_files(made.config_class.__base__.model_type):
+                name_in_files(name, names, overwrite=True)
     return globals().setdefault(name, made)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from bases import tiny_gpt2, tiny_llama, tiny_neox
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 from test_decoders import falcon, qwen2_moe
 from test_set import NEOX, PATHS, TOKENS, random_set, random_transcoder
 from torch import Tensor
@@ -140,6 +141,21 @@ def test_it_shares_the_bases_memory_and_casting_it_leaves_the_base_alone() -> No
     assert torch.equal(logits(base), before)
     assert tcs[1].left.weight.dtype == torch.float32
     assert torch.equal(model.get_submodule(LLAMA.format(1)).input_mean, statistics)
+
+
+@pytest.mark.parametrize("make", [tiny_neox, qwen2_moe], ids=lambda make: make.__name__)
+def test_weights_have_the_names_that_the_bases_own_have_in_files(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Which differ from the modules' in transformers 5, and then go by the class."""
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    model = replaced(base, tcs := set_of(base), [1])
+    model.save_pretrained(tmp_path / "model")
+    names = [{*load_file(tmp_path / folder / "model.safetensors")} for folder in ("base", "model")]
+    assert {name for name in names[0] ^ names[1] if f"{tcs[1].config.mlp_path}." not in name} == set()
+    assert torch.equal(logits(loaded(tmp_path / "model")), attached_logits(base, tcs, [1]))
 
 
 def test_tied_embeddings_and_generation_settings_stay(tmp_path: Path) -> None:
