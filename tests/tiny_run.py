@@ -96,7 +96,7 @@ def write_tiny_run(
 
 
 # what a card's reader, and its check, would take for a link, a heading, an end of the block and markup
-PROMPT = "see [what](nowhere.md)\n```\n# it\n````\n</details> {{ x }}"
+PROMPT = "see\n```\n[what](nowhere.md)\n````\n# it\n</details> {{ x }}"
 
 
 def final_fvu(layer: int) -> float:
