@@ -5,8 +5,9 @@
     y = ŷ · output_std + output_mean
 
 Every output direction is therefore an exact quadratic form in the MLP's input, which `BilinearTC.quadratic_form`
-reads from the weights. `BilinearTCSet` holds the transcoders of a base's layers. This file and
-`configuration_bilinear_tc.py` need only torch and transformers, with the huggingface_hub that it needs itself.
+reads from the weights. `BilinearTCSet` holds the transcoders of a base's layers, and `replaced` makes them a base's
+MLPs. This file and `configuration_bilinear_tc.py` need only torch and transformers, with the huggingface_hub that it
+needs itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from .configuration_bilinear_tc import BilinearTCConfig
@@ -785,6 +787,21 @@ class BilinearTC(PreTrainedModel):
         self._check_mlp_output(y)
         if y.shape[-1] != self.config.n_outputs:
             raise ValueError(f"{self._belongs()} in this base it returns width {y.shape[-1]}.")
+
+    def _check_is_of(self, base: nn.Module) -> None:
+        """By name, where both have one: a base in a folder may be a copy."""
+        named, here = self.config.base_model, getattr(base, "name_or_path", "")
+        if named and here and named != here and not Path(here).is_dir():
+            raise ValueError(f"{self._belongs()} this base is {here}; if that is a copy, set base.name_or_path.")
+
+    def _alone(self) -> BilinearTC:
+        """The same map in the same memory, without what only readings of the weights use."""
+        config = copy.deepcopy(self.config)
+        config.input_correlation, config.input_norm = False, None
+        with torch.device("meta"):
+            alone = BilinearTC(config)
+        alone.load_state_dict(self.state_dict(), strict=False, assign=True)
+        return alone.train(self.training)
 
     def _check_mlp_output(self, y: Any) -> None:
         if not isinstance(y, Tensor):
@@ -1663,6 +1680,94 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def replaced(base: Any, tcs: BilinearTCSet, layers: Iterable[int] | None = None) -> PreTrainedModel:
+    """A base whose MLPs are the transcoders: a causal language model of its own, with `generate`, to be saved whole.
+
+    It says what the base says inside `tcs.attached(base)`. The transcoders are in the base's dtype, but for their
+    statistics, and without what only readings of the weights use. All other weights are the base's own, in the same
+    memory; the base stays as it is.
+
+        >>> model = replaced(base, BilinearTCSet.from_pretrained(repo))
+        >>> base.num_parameters(), model.num_parameters()
+        >>> model.save_pretrained(folder)  # and, where only torch and transformers are installed:
+        >>> AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+    Of width n, a plain MLP of w units has 2wn weights, a gated one 3wn, and a transcoder of h units 3hn. At h = w the
+    model therefore grows by half of its plain MLPs, and stays as large as it is with gated ones.
+
+    Args:
+        base: a causal language model of any class of transformers whose MLPs are modules.
+        tcs: transcoders of its MLPs.
+        layers: the layers' numbers; by default all of the set.
+
+    Raises:
+        ValueError: the base is none such, is quantized or not in memory, is another than the transcoders', or does not
+            have their MLPs; the set has no such layer.
+    """
+    base = _torch_module(base)
+    name = type(base).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or type(base) is not getattr(transformers, name, None):
+        raise ValueError(f"The base must be a causal language model of a class of transformers itself, not {name}.")
+    chosen = [tcs[layer] for layer in _chosen(layers, tcs.layers, "This set")]
+    if any(p.is_meta or _is_quantized(p) for module in (base, *chosen) for p in module.parameters()):
+        raise ValueError("The base and the transcoders must be in memory and not quantized: load both as they are.")
+    put: dict[int, Any] = {id(p): nn.Parameter(p, p.requires_grad) for p in base.parameters()}  # what a copy is given
+    for tc in chosen:
+        tc._check_is_of(base)
+        site = tc._find_site(base)
+        tc._check_replaceable(site, base)
+        if site.enter is not site.leave:
+            raise ValueError(f"{tc._belongs()} only an MLP that is one module can be replaced for good.")
+        device = next((p.device for p in site.leave.parameters()), base.device)
+        put[id(site.leave)] = tc._alone().to(device, base.dtype)  # type: ignore[arg-type] # transformers hides the types
+    model = copy.deepcopy(base, put)
+    shape, place = ("n_inputs", "n_hidden", "n_outputs", "bias", "form"), ("base_model", "base_revision", "mlp_path")
+    kept = {tc.config.layer_index: {k: getattr(tc.config, k) for k in (*shape, *place)} for tc in chosen}
+    model.__class__ = __getattr__(f"BilinearTC{name}")
+    model.config.__class__ = model.config_class
+    vars(model).pop("_weight_conversions", None)  # those of the base's class
+    model.config.auto_map = {}  # saving adds our own
+    model.config.bilinear_tc = {str(layer): config for layer, config in kept.items()}
+    return model
+
+
+class _Replaced:
+    """What a class of transformers lacks to be loaded as `replaced` has made it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg] # of the class beside this one
+        for layer, kept in config.bilinear_tc.items():
+            tc = BilinearTC(BilinearTCConfig(layer_index=int(layer), **kept))
+            parent, _, name = kept["mlp_path"].rpartition(".")
+            setattr(self.get_submodule(parent), name, tc)  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of what `replaced` makes: BilinearTCLlamaForCausalLM for a LlamaForCausalLM, and its configuration,
+    BilinearTCLlamaConfig. Its `model_type` is its own: plain Llama code, loading such a folder without
+    `trust_remote_code`, would start with MLPs of random weights.
+    """
+    theirs = getattr(transformers, name.removeprefix("BilinearTC"), None) if name.startswith("BilinearTC") else None
+    if not isinstance(theirs, type) or not issubclass(theirs, (PreTrainedModel, PretrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    own: dict[str, Any] = {"__module__": __name__}
+    if issubclass(theirs, PretrainedConfig):
+        own |= {"model_type": f"bilinear_tc_{theirs.model_type}", "_auto_class": "AutoConfig"}
+        made: Any = type(name, (theirs,), own)
+    else:
+        config_class = cast(Any, theirs).config_class.__name__
+        own |= {"config_class": __getattr__(f"BilinearTC{config_class}"), "_auto_class": "AutoModelForCausalLM"}
+        made = type(name, (_Replaced, theirs), own)
+        with suppress(ImportError):  # files keep the names that weights have had in transformers 4
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping as names_in_files
+            from transformers.conversion_mapping import register_checkpoint_conversion_mapping as name_in_files
+
+            if names := names_in_files(theirs.__name__) or names_in_files(made.config_class.__base__.model_type):
+                name_in_files(name, names, overwrite=True)
+    return globals().setdefault(name, made)
 
 
 BilinearTC.register_for_auto_class("AutoModel")

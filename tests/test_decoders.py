@@ -159,6 +159,7 @@ def test_it_is_fitted_and_measured(base: Base) -> None:
     evaluation = measure(batches[:6], fitter.activations, reconstruction, Replacement(base, transcoders))
     scores = evaluation.to_json()
     assert all(math.isfinite(value) for layer in scores["layers"].values() for value in numbers(layer))
+    assert evaluation.continuations is not None
     layer = evaluation.layers[1]
     assert layer.jacobian_cosine is not None
     assert layer.interchange.keys() >= {"embedding", "attention 0", "mlp 0"}

@@ -23,7 +23,7 @@ from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
-LOSS_KEYS = ("ce_increase", "kl", "loss_recovered")
+LOSS_KEYS = ("ce_increase", "kl", "top1", "loss_recovered")
 
 
 def held_out(padded: bool) -> list[TokenBatch]:
@@ -125,7 +125,8 @@ def test_it_agrees_with_a_slow_float64_loop(neox, transcoders, padded):
         increase = -replaced.gather(1, targets[:, None]).mean() - ce
         ablation = -ablated.gather(1, targets[:, None]).mean() - ce
         kl = (true.exp() * (true - replaced)).sum(-1).mean()
-        return dict(zip(LOSS_KEYS, (increase, kl, 1 - increase / ablation), strict=True))
+        top1 = (replaced.argmax(-1) == true.argmax(-1)).double().mean()
+        return dict(zip(LOSS_KEYS, (increase, kl, top1, 1 - increase / ablation), strict=True))
 
     for layer, (x, y) in rows.items():
         figures = result["layers"][str(layer)]
@@ -167,6 +168,7 @@ def test_the_mlp_itself_explains_everything_and_costs_nothing(neox, transcoders)
     for figures in [*result["layers"].values(), result["all_layers"]]:
         assert figures["ce_increase"] == pytest.approx(0, abs=1e-6)
         assert figures["kl"] == pytest.approx(0, abs=1e-6)
+        assert figures["top1"] == 1
         assert figures["loss_recovered"] == pytest.approx(1, abs=1e-4)
     for figures in result["layers"].values():
         assert figures["fvu"] == pytest.approx(0, abs=1e-9)

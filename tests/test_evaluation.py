@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, LossScores, finite
+from bilinear_tc.train.measuring.evaluation import Continuations, Evaluation, LayerScores, LossScores, finite
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
 
 SCORES = LayerScores(
@@ -28,11 +28,17 @@ SCORES = LayerScores(
     ce_increase=0.0066,
     ce_increase_se=0.0012,
     kl=0.0071,
+    top1=0.985,
+    top1_se=0.0004,
     loss_recovered=0.8642,
+)
+CONTINUATIONS = Continuations(
+    prompts=64, prompt_tokens=32, tokens=48, same_median=9.5, same_mean=13.27, same_mean_se=1.52, prompt="A b", base=""
 )
 EVALUATION = Evaluation(
     layers={9: SCORES, 11: replace(SCORES, fvu=0.1, interchange=None, worst_channel=None, massive_share=0.0)},
     all_layers=LossScores(ce_increase=0.07, ce_increase_se=0.01, kl=0.1),
+    continuations=CONTINUATIONS,
     dataset="essays",
     split="validation",
     tokens=65536,
@@ -59,6 +65,9 @@ def test_what_an_earlier_version_wrote_is_read() -> None:
     old = {"dataset": "d", "split": "s", "tokens": 9, "base": {}, "layers": {"0": scores}, "mean": scores}
     read = Evaluation.from_json(old)
     assert read.layers == {0: LayerScores(**scores)}
+    assert (read.all_layers, read.continuations) == (None, None)
+    of_all = {"ce_increase": 0.2, "kl": 0.1}
+    assert Evaluation.from_json(old | {"all_layers": of_all}).all_layers == LossScores(**of_all)
     assert read.mean_se == {}
     row = fit_table(read).splitlines()[2]
     assert row.split() == ["0", "0.1000", "–", "0.5000", "–", "–", "–"]
@@ -67,7 +76,7 @@ def test_what_an_earlier_version_wrote_is_read() -> None:
 def test_some_layers_of_it_have_no_scores_of_all_together() -> None:
     some = EVALUATION.only([11])
     assert list(some.layers) == [11]
-    assert (some.all_layers, some.mean_se, some.tokens) == (None, {}, 65536)
+    assert (some.all_layers, some.continuations, some.mean_se, some.tokens) == (None, None, {}, 65536)
     assert EVALUATION.only([9, 11]) == EVALUATION
 
 
@@ -91,5 +100,11 @@ def test_the_tables_say_what_a_reader_needs_on_a_terminals_width() -> None:
     ]
     losses = loss_table(EVALUATION).splitlines()
     assert losses[0] == "the base's own loss: 2.7700 nats a token, over 2,032 predicted"
-    assert losses[2].split() == ["9", "0.0066", "±0.0012", "0.0071", "86.42%"]
-    assert losses[-1].split() == ["all", "0.0700", "±0.0100", "0.1000", "–"]
+    assert losses[2].split() == ["9", "0.0066", "±0.0012", "0.0071", "98.50%", "±0.04%", "86.42%"]
+    assert losses[-2].split() == ["all", "0.0700", "±0.0100", "0.1000", "–", "–"]
+    assert max(map(len, losses[:-1])) <= 100
+    assert losses[-1] == (
+        "greedy continuations of 64 held-out prompts, all replaced: of 48 tokens, the first that is not the base's is "
+        "number 9.5 (median) or 13.3 ±1.5 (mean), counted from 0"
+    )
+    assert loss_table(replace(EVALUATION, continuations=None)).splitlines() == losses[:-1]

@@ -17,6 +17,7 @@ from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.massive import massive, median_norm
+from bilinear_tc.train.measuring import continuation
 from bilinear_tc.train.measuring.held_out import measure
 from bilinear_tc.train.measuring.interchange import changes_explained, interchanged
 from bilinear_tc.train.measuring.jacobian import isotropic_probes, jacobian_scores
@@ -322,6 +323,7 @@ def measure_on_processes() -> None:
     base = Base(tiny_neox(), tokenizer=None)
     transcoders = random_transcoders(base)
     replacement = Replacement(base, transcoders)
+    continuation.AT_ONCE = 2
     shares = []
     for seed, padded in ((0, True), (1, False)):
         ids = tokens(4, seed)

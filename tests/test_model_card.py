@@ -17,7 +17,7 @@ from hub_server import HubServer, copy_repository
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import get_session
 from publishing import Publisher
-from tiny_run import final_fvu, write_tiny_run
+from tiny_run import PROMPT, final_fvu, write_tiny_run
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,6 +129,36 @@ def test_all_sections_are_there_in_order(tmp_path: Path) -> None:
     assert re.findall(r"^## (.*)$", card, flags=re.MULTILINE) == SECTIONS
     for name in SECTIONS:
         assert len(section(card, name).split()) >= 4, name
+
+
+def test_what_the_base_says_with_all_its_mlps_replaced_can_be_read(tmp_path: Path) -> None:
+    run = write_tiny_run(tmp_path / "run", layers=range(3))
+    card = write(run)
+    summary = " ".join(section(card, "Performance summary").split())
+    assert "rises by 0.2100 ± 0.0130 nats; the KL" in summary
+    assert "next token is the base's own at 85.12% ± 0.31% of the tokens." in summary
+    assert (
+        "64 held-out prompts of 32 tokens were continued greedily, by the base and with all its MLPs replaced. Of 48 "
+        "tokens, the first that is not the base's own is number 9.5 in the median and 13.3 ± 1.5 in the mean"
+    ) in summary
+    assert f"\n`````text\n{PROMPT}\n`````\n" in card
+    assert "\nThe base goes on:\n\n```text\n is\n\nhere.\n```\n" in card
+    assert "\nWith all its MLPs replaced:\n\n```text\n was\n```\n" in card
+    assert "nowhere.md" not in relative_links(card)
+    assert "stays the same at 85.12% of the tokens" in section(card, "Key findings")
+
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for name in ("prompt", "base", "replaced"):  # without a tokenizer
+        del evaluation["continuations"][name]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = write(run)
+    assert "number 9.5 in the median" in card
+    assert "goes on" not in card
+    del evaluation["continuations"], evaluation["all_layers"]["top1"]  # as an earlier version left it
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    card = write(run)
+    assert "rises by 0.2100" in card
+    assert not any(words in card for words in ("continued greedily", "most likely next token stays", "85.12"))
 
 
 def test_layers_are_grouped_as_on_the_earlier_card(tmp_path: Path) -> None:

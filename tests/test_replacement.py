@@ -145,7 +145,7 @@ def test_standard_errors_are_those_of_the_sequences(neox: Base) -> None:
     lengths = (LENGTHS - 1).double()
     residuals = []
     for transcoder, scores in zip(transcoders, found.layers, strict=True):
-        rises, divergences = [], []
+        rises, divergences, agreements = [], [], []
         for ids, n in zip(batch.input_ids, LENGTHS.tolist(), strict=True):
             with torch.no_grad():
                 true = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
@@ -153,12 +153,14 @@ def test_standard_errors_are_those_of_the_sequences(neox: Base) -> None:
                     own = neox.model(ids[None, :n]).logits[0, :-1].double().log_softmax(-1)
             rises.append((true - own).gather(1, ids[1:n, None]).sum())
             divergences.append((true.exp() * (true - own)).sum())
-        sums = torch.tensor([rises, divergences]).double()
+            agreements.append((true.argmax(-1) == own.argmax(-1)).sum())
+        sums = torch.tensor([rises, divergences, agreements]).double()
         ratio = sums.sum(1) / lengths.sum()
         residuals.append((sums - ratio[:, None] * lengths) / lengths.sum())
-        assert [scores.ce_increase, scores.kl] == pytest.approx(ratio.tolist(), rel=1e-3)
-        assert [scores.ce_increase_se, scores.kl_se] == pytest.approx(spread(residuals[-1]), rel=1e-3)
-    of_mean = [found.mean_se["ce_increase_se"], found.mean_se["kl_se"]]
+        assert [scores.ce_increase, scores.kl, scores.top1] == pytest.approx(ratio.tolist(), rel=1e-3)
+        errors = [scores.ce_increase_se, scores.kl_se, scores.top1_se]
+        assert errors == pytest.approx(spread(residuals[-1]), rel=1e-3)
+    of_mean = [found.mean_se[f"{score}_se"] for score in ("ce_increase", "kl", "top1")]
     assert of_mean == pytest.approx(spread(torch.stack(residuals).mean(0)), rel=1e-3)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
-from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, LossScores
+from bilinear_tc.train.measuring.evaluation import Continuations, Evaluation, LayerScores, LossScores
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import Run, layer_settings
 
@@ -69,7 +69,20 @@ def write_tiny_run(
         run.write_evaluation(
             Evaluation(
                 layers={layer: like_fvu(final_fvu(layer)) for layer in layers},
-                all_layers=LossScores(ce_increase=0.21, kl=0.2, loss_recovered=0.93),
+                all_layers=LossScores(
+                    ce_increase=0.21, ce_increase_se=0.013, kl=0.2, top1=0.8512, top1_se=0.0031, loss_recovered=0.93
+                ),
+                continuations=Continuations(
+                    prompts=64,
+                    prompt_tokens=32,
+                    tokens=48,
+                    same_median=9.5,
+                    same_mean=13.27,
+                    same_mean_se=1.52,
+                    prompt=PROMPT,
+                    base=" is\n\nhere.",
+                    replaced=" was",
+                ),
                 dataset=recipe.dataset,
                 split=recipe.eval_split,
                 tokens=recipe.eval_tokens,
@@ -80,6 +93,10 @@ def write_tiny_run(
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "state.txt").write_text("never published", encoding="utf-8")
     return folder
+
+
+# what a card's reader, and its check, would take for a link, a heading, an end of the block and markup
+PROMPT = "see\n```\n[what](nowhere.md)\n````\n# it\n</details> {{ x }}"
 
 
 def final_fvu(layer: int) -> float:

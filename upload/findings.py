@@ -237,7 +237,12 @@ def loss_all(scores: Evaluation) -> str | None:
         if together.loss_recovered is not None
         else ""
     )
+    agrees = (
+        f", and its most likely next token stays the same at {format_percent(together.top1)} of the tokens"
+        if together.top1 is not None
+        else ""
+    )
     return (
         f"**With all {len(scores.layers)} MLPs replaced at once**, the base's loss rises{before} by "
-        f"{format_nats(together.ce_increase)} nats a token{recovered}."
+        f"{format_nats(together.ce_increase)} nats a token{agrees}{recovered}."
     )

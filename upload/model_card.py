@@ -101,7 +101,8 @@ def check_card(card: str, repository: Path) -> None:
 
 def relative_links(card: str) -> list[str]:
     """Targets of a card's Markdown links and images that lie in its own repository."""
-    targets = re.findall(r"\]\(([^)\s]+)", re.sub(r"```.*?```", "", card, flags=re.DOTALL))
+    prose = re.sub(r"^(`{3,}).*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)", prose)
     return [target for target in targets if not re.match(r"[a-z]+:|#", target) and target != REPOCARD_NAME]
 
 

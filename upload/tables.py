@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
@@ -67,6 +68,12 @@ def like_layers(fvu: dict[int, float]) -> list[list[int]]:
     return groups
 
 
+def fenced(text: str) -> str:
+    """Text as a block of Markdown that shows it as it is, whatever backticks are in it."""
+    fence = max(("```", *(f"{run}`" for run in re.findall("`{3,}", text))), key=len)
+    return f"{fence}text\n{text}\n{fence}"
+
+
 def format_component(interchange: dict[str, float]) -> str:
     """The lowest R² of an interchange, and the component that it belongs to."""
     worst = min(interchange, key=interchange.__getitem__)
@@ -89,6 +96,7 @@ OUTPUT_COLUMNS: Columns = {
     "error_quantiles": ("Error of an ordinary token: median, 99%", format_quantiles),
     "ce_increase": ("Loss increase (nats)", partial(format_nats, sign="+")),
     "kl": ("KL (nats)", "{:.4f}".format),
+    "top1": ("Top-1 agreement", format_percent),
     "loss_recovered": ("Loss recovered", format_percent),
 }
 WEIGHT_COLUMNS: Columns = {

@@ -7,7 +7,7 @@ folder gives them the name `bilinear_tc` by links.
 from importlib.metadata import version
 
 from .configuration_bilinear_tc import BilinearTCConfig
-from .modeling_bilinear_tc import BilinearTC, BilinearTCSet
+from .modeling_bilinear_tc import BilinearTC, BilinearTCSet, replaced
 
-__all__ = ["BilinearTC", "BilinearTCConfig", "BilinearTCSet", "__version__"]
+__all__ = ["BilinearTC", "BilinearTCConfig", "BilinearTCSet", "__version__", "replaced"]
 __version__ = version("bilinear-tc")

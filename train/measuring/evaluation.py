@@ -19,15 +19,42 @@ class LossScores:
     Attributes:
         ce_increase: rise of the cross-entropy, nats a token.
         kl: KL(base ‖ base with transcoders), nats a token.
+        top1: the share of tokens at which the most likely next one is the base's own.
         loss_recovered: 1 − ce_increase / (its rise with the MLPs' mean outputs); None if that costs nothing either.
-        ce_increase_se, kl_se: standard errors over sequences.
+        ce_increase_se, kl_se, top1_se: standard errors over sequences.
     """
 
     ce_increase: float
     ce_increase_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
+    top1: float | None = None
+    top1_se: float | None = None
     loss_recovered: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuations:
+    """How long greedy continuations stay the base's own with every layer of the set replaced at once.
+
+    Attributes:
+        prompts: how many were continued, each the beginning of a held-out sequence.
+        prompt_tokens, tokens: length of a prompt, and of a continuation.
+        same_median, same_mean: the position in the continuation, from 0, of the first token that is not the base's;
+            `tokens` if none is.
+        same_mean_se: standard error over prompts.
+        prompt, base, replaced: the text of the prompt that has the median, and of its continuations.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    tokens: int
+    same_median: float
+    same_mean: float
+    same_mean_se: float | None = None
+    prompt: str | None = None
+    base: str | None = None
+    replaced: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +82,8 @@ class LayerScores:
         interchange: R² of the predicted change of the output as one upstream component comes from another token.
         halfway: the same as the input itself moves half way to another token's.
         low_variance_share: of the top eigenvectors, what lies in the directions with 3% of the inputs' variance.
-        ce_increase, ce_increase_se, kl, kl_se, loss_recovered: as in `LossScores`, with this MLP alone replaced.
+        ce_increase, ce_increase_se, kl, kl_se, top1, top1_se, loss_recovered: as in `LossScores`, with this MLP alone
+            replaced.
     """
 
     fvu: float
@@ -83,6 +111,8 @@ class LayerScores:
     ce_increase_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
+    top1: float | None = None
+    top1_se: float | None = None
     loss_recovered: float | None = None
 
     @property
@@ -96,6 +126,8 @@ class LayerScores:
 
 NEEDED = ("fvu", "variance_explained")
 TABLES = ("worst_channel", "error_quantiles", "error_by_position", "interchange")
+CONTINUED = ("prompts", "prompt_tokens", "tokens", "same_median", "same_mean")
+WORDS = ("model", "prompt", "base", "replaced")  # what has a text in place of a number
 SUMMARIES = [f.name for f in fields(LayerScores) if f.name not in TABLES and not f.name.endswith("_se")]
 
 
@@ -105,7 +137,7 @@ class Evaluation:
 
     Attributes:
         layers: each layer's scores, ascending.
-        all_layers: with every layer of the set replaced at once; None if that was not measured.
+        all_layers, continuations: with every layer of the set replaced at once; None if that was not measured.
         dataset, split, tokens: the text, and how much of it was measured on.
         loss_tokens: how many of its tokens the losses were predicted for.
         massive_rule: which rows are massive.
@@ -116,6 +148,7 @@ class Evaluation:
 
     layers: dict[int, LayerScores]
     all_layers: LossScores | None = None
+    continuations: Continuations | None = None
     dataset: str | None = None
     split: str | None = None
     tokens: int | None = None
@@ -140,11 +173,12 @@ class Evaluation:
         """What it says of some of its layers: replacing all of them at once says nothing about replacing these."""
         if set(layers) == set(self.layers):
             return self
-        return replace(self, layers={layer: self.layers[layer] for layer in layers}, all_layers=None, mean_se={})
+        some = {layer: self.layers[layer] for layer in layers}
+        return replace(self, layers=some, all_layers=None, continuations=None, mean_se={})
 
     def to_json(self) -> dict[str, Any]:
         """The content of evaluation.json; what was not measured is left out."""
-        together = {} if self.all_layers is None else {"all_layers": _measured(vars(self.all_layers))}
+        together = {"all_layers": self.all_layers, "continuations": self.continuations}
         return {
             "dataset": self.dataset,
             "split": self.split,
@@ -152,7 +186,7 @@ class Evaluation:
             **_measured({"loss_tokens": self.loss_tokens, "massive_rule": self.massive_rule}),
             "base": _measured({"model": self.base, "ce": self.base_ce}),
             "layers": {str(layer): _measured(vars(scores)) for layer, scores in self.layers.items()},
-            **together,
+            **{name: _measured(vars(scores)) for name, scores in together.items() if scores is not None},
             "mean": _measured({score: self.mean(score) for score in SUMMARIES} | self.mean_se),
         }
 
@@ -161,11 +195,12 @@ class Evaluation:
         """The evaluation that evaluation.json holds; UserError with the first of `json_problems`."""
         for problem in json_problems(content):
             raise UserError(problem)
-        base, all_layers = content.get("base", {}), content.get("all_layers")
+        base, all_layers, continuations = (content.get(name, {}) for name in ("base", "all_layers", "continuations"))
         layers = {int(layer): _known(LayerScores, scores) for layer, scores in content.get("layers", {}).items()}
         return cls(
             layers=dict(sorted(layers.items())),
             all_layers=_known(LossScores, all_layers) if all_layers else None,
+            continuations=_known(Continuations, continuations) if continuations else None,
             **{name: content.get(name) for name in TEXT},
             mean_se={name: value for name, value in content.get("mean", {}).items() if name.endswith("_se")},
             base=base.get("model"),
@@ -190,10 +225,9 @@ def json_problems(content: Any) -> Iterator[str]:
     for name, kind in TEXT.items():
         if not isinstance(content.get(name), (kind, type(None))):
             yield f"{name} must be {'a number' if kind is int else 'a name'}, got {content[name]!r}"
-    for name in ("base", "all_layers", "mean"):
+    for name, needed in {"base": (), "all_layers": ("ce_increase",), "continuations": CONTINUED, "mean": ()}.items():
         if name in content:
-            needed = ("ce_increase",) if name == "all_layers" and content[name] else ()
-            yield from _score_problems(name, content[name], needed)
+            yield from _score_problems(name, content[name], needed if content[name] else ())
     layers = content.get("layers", {})
     if not isinstance(layers, dict):
         yield f"layers must hold scores by layer, got {type(layers).__name__}"
@@ -212,7 +246,10 @@ def _score_problems(name: str, scores: Any, needed: Sequence[str]) -> Iterator[s
     for key, table in tables.items():
         yield from _number_problems(f"{key} of {name}", table, ("index", "share") if key == "worst_channel" else ())
     yield from (f"{key} of {name} must hold numbers by name" for key in TABLES if key in {*scores} - {*tables})
-    named = {*tables, *TABLES, "model"}  # the base has a name
+    yield from (
+        f"{key} of {name} must be a text" for key in WORDS if not isinstance(scores.get(key), (str, type(None)))
+    )
+    named = {*tables, *TABLES, *WORDS}
     yield from _number_problems(name, {key: value for key, value in scores.items() if key not in named}, needed)
 
 

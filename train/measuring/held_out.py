@@ -14,6 +14,7 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.massive import RULE
 from bilinear_tc.train.measuring.affine import solve_affine
+from bilinear_tc.train.measuring.continuation import Continuing
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, finite
 from bilinear_tc.train.measuring.reconstruction import Reconstruction
 from bilinear_tc.train.measuring.replacement import NOTHING_TO_PREDICT, Replacement
@@ -104,6 +105,7 @@ def measure(
         count, loss_count: how many batches are for the layers' scores, and how many for the losses; default: all.
     """
     sample = Sample(activations.base)
+    continuing = Continuing(activations.base, reconstruction.transcoders)
     for number, batch in enumerate(batches):
         if count is None or number < count:
             activations.fill(batch, MICRO_BATCH_SIZE)
@@ -111,6 +113,7 @@ def measure(
             sample.add(batch)
         if replacement is not None and (loss_count is None or number < loss_count):
             replacement.add(batch)
+            continuing.add(batch)
     scores, mean_se = reconstruction.scores()
     ordinary, inputs = reconstruction.ordinary, reconstruction.inputs
     sample.take(ordinary.median)
@@ -125,6 +128,7 @@ def measure(
         evaluation = replace(
             evaluation,
             all_layers=lost.together,
+            continuations=continuing.scores(),
             base_ce=lost.base_ce,
             loss_tokens=lost.tokens,
             mean_se=evaluation.mean_se | lost.mean_se,

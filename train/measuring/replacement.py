@@ -1,4 +1,4 @@
-"""What the base loses with its MLPs replaced: cross-entropy and divergence over predicted tokens."""
+"""What the base loses with its MLPs replaced: cross-entropy, divergence and agreement over predicted tokens."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class Replacement:
         self.groups = [*([transcoder] for transcoder in transcoders), list(transcoders)]
         self.passes = Reentry(base)
         self._exact: bool | None = None  # whether it can be entered at each block; found out on the first few tokens
-        # by sequence: summed cross-entropy and KL of the base, of each group replaced and of each averaged; its tokens
-        self._sums = [torch.zeros(0, 1 + 2 * len(self.groups), 2, dtype=torch.float64, device=self.device)]
+        # by sequence: summed cross-entropy, KL and agreement of the base, of each group replaced and of each averaged;
+        # its tokens
+        self._sums = [torch.zeros(0, 1 + 2 * len(self.groups), 3, dtype=torch.float64, device=self.device)]
         self._tokens = [torch.zeros(0, dtype=torch.float64, device=self.device)]
 
     @torch.no_grad()
@@ -75,7 +76,8 @@ class Replacement:
             """Log-probabilities [rows, vocabulary], the base's and this way's."""
             ce = -own.gather(1, targets[rows, None]).squeeze(1)
             kl = (true.exp() * (true - own)).sum(1)
-            sums[:, way].index_add_(0, sequences[rows], torch.stack([ce, kl], 1).double())
+            same = own.argmax(1) == true.argmax(1)
+            sums[:, way].index_add_(0, sequences[rows], torch.stack([ce, kl, same], 1).double())
 
         if self._exact:
             left = [self.passes.keep(ids)[:, :-1][predicted]]
@@ -107,17 +109,12 @@ class Replacement:
             raise UserError(NOTHING_TO_PREDICT)
         sums[:, 1:, 0] -= sums[:, :1, 0]  # rises of the cross-entropy
         pulls = influence(sums, tokens[:, None, None])
-        (base_ce, _), *means = (sums.sum(0) / total).tolist()
+        (base_ce, *_), *means = (sums.sum(0) / total).tolist()
         _, *errors = standard_error(pulls).tolist()
         of_mean = standard_error(pulls[:, 1 : len(self.groups)].mean(1)).tolist()
-        *layers, together = [
-            loss_scores(rise, kl, rise_error, kl_error, ablated)
-            for (rise, kl), (rise_error, kl_error), (ablated, _) in zip(
-                means, errors, means[len(self.groups) :], strict=False
-            )
-        ]
-        mean_se = finite(dict(zip(("ce_increase_se", "kl_se"), of_mean, strict=True)))
-        return ReplacementScores(base_ce, int(total), layers, together, mean_se)
+        ablated = [rise for rise, *_ in means[len(self.groups) :]]
+        *layers, together = map(loss_scores, means, errors, ablated)
+        return ReplacementScores(base_ce, int(total), layers, together, named_errors(of_mean))
 
 
 class ReplacementScores(NamedTuple):
@@ -131,11 +128,16 @@ class ReplacementScores(NamedTuple):
     mean_se: dict[str, float]
 
 
-def loss_scores(rise: float, kl: float, rise_error: float, kl_error: float, ablated: float) -> LossScores:
-    """The scores from the cross-entropy's rise and the KL with MLPs replaced, in nats a token, their standard errors,
-    and the rise with the MLPs' mean outputs."""
-    errors = finite({"ce_increase_se": rise_error, "kl_se": kl_error})
-    return LossScores(ce_increase=rise, kl=kl, loss_recovered=1 - rise / ablated if ablated else None, **errors)
+def loss_scores(means: Sequence[float], errors: Sequence[float], ablated: float) -> LossScores:
+    """The scores from the cross-entropy's rise with MLPs replaced and its KL, in nats a token, the agreement, their
+    standard errors, and the rise with the MLPs' mean outputs."""
+    rise, kl, top1 = means
+    recovered = 1 - rise / ablated if ablated else None
+    return LossScores(ce_increase=rise, kl=kl, top1=top1, loss_recovered=recovered, **named_errors(errors))
+
+
+def named_errors(errors: Sequence[float]) -> dict[str, float]:
+    return finite(dict(zip(("ce_increase_se", "kl_se", "top1_se"), errors, strict=True)))
 
 
 @contextmanager

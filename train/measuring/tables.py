@@ -23,6 +23,7 @@ FIT_COLUMNS: Columns = {
 LOSS_COLUMNS: Columns = {
     "ce_increase": ("CE increase", ".4f"),
     "kl": ("KL", ".4f"),
+    "top1": ("top-1 agreement", ".2%"),
     "loss_recovered": ("loss recovered", ".2%"),
 }
 
@@ -68,9 +69,18 @@ def loss_table(evaluation: Evaluation) -> str:
     rows = {str(layer): of_row(scores, LOSS_COLUMNS) for layer, scores in evaluation.layers.items()}
     rows["all"] = of_row(evaluation.all_layers, LOSS_COLUMNS)
     tokens = "" if evaluation.loss_tokens is None else f", over {evaluation.loss_tokens:,} predicted"
-    return (
-        f"the base's own loss: {evaluation.base_ce:.4f} nats a token{tokens}\n{table('replaced', LOSS_COLUMNS, rows)}"
-    )
+    lines = [
+        f"the base's own loss: {evaluation.base_ce:.4f} nats a token{tokens}",
+        table("replaced", LOSS_COLUMNS, rows),
+    ]
+    if continued := evaluation.continuations:
+        error = "" if continued.same_mean_se is None else f" ±{continued.same_mean_se:.1f}"
+        lines.append(
+            f"greedy continuations of {continued.prompts} held-out prompts, all replaced: of {continued.tokens} "
+            f"tokens, the first that is not the base's is number {continued.same_median:g} (median) or "
+            f"{continued.same_mean:.1f}{error} (mean), counted from 0"
+        )
+    return "\n".join(lines)
 
 
 def of_row(scores: object, columns: Columns) -> dict[str, Any]:
