@@ -42,7 +42,7 @@ class Layered(Protocol):
 class Checkpoints:
     """The checkpoints of one run: `checkpoints/step_00000100.pt` and so on.
 
-    The layers' states lie beside it, `step_00000100.layer_0.pt` and so on, each written by one of the processes; the
+    The layers' states lie beside it, `step_00000100.0.pt` and so on, each written by one of the processes; the
     file that makes them a checkpoint comes last and holds their hashes. Any number of processes can go on from it, so
     several machines must share the run's folder.
 
@@ -52,7 +52,7 @@ class Checkpoints:
         layered: what the layers' files hold.
     """
 
-    def __init__(self, run: Run, states: Mapping[str, Stateful], layered: Layered | None = None) -> None:
+    def __init__(self, run: Run, states: Mapping[str, Stateful], layered: Layered) -> None:
         self.folder = run.folder / CHECKPOINTS
         self.states, self.layered = states, layered
 
@@ -86,9 +86,8 @@ class Checkpoints:
             if problem is None:
                 for name, state in self.states.items():
                     state.load_state_dict(read[name])
-                if self.layered is not None:
-                    for layer in self.layered.held:
-                        self.layered.load_layer_state(layer, _load(_of_layer(path, layer)))
+                for layer in self.layered.held:
+                    self.layered.load_layer_state(layer, _load(_of_layer(path, layer)))
                 return True
             if is_main():
                 logger.warning("%s: looking for an earlier one", problem)
@@ -109,7 +108,7 @@ class Checkpoints:
                 raise ValueError(
                     "an earlier version has written it" if earlier else "it holds something else than this fit's state"
                 )
-            for file in (_of_layer(path, layer) for layer in (self.layered.held if self.layered else ())):
+            for file in (_of_layer(path, layer) for layer in self.layered.held):
                 if sha256_of(file) != read["layers"][file.name]:
                     raise ValueError(f"{file.name} is not what was written")
         except Exception as error:  # whatever unpickling a damaged file raises
@@ -118,14 +117,8 @@ class Checkpoints:
 
     def _write_layers(self, step: int) -> dict[str, str]:
         """Writes the layers' files that are this process's to write; their hashes by name."""
-        layered = self.layered
-        return (
-            {}
-            if layered is None
-            else self._write(
-                step, {f"step_{step:08d}.layer_{n}.pt": partial(layered.layer_state, n) for n in layered.written}
-            )
-        )
+        of_layer, layers = self.layered.layer_state, self.layered.written
+        return self._write(step, {f"step_{step:08d}.{layer}.pt": partial(of_layer, layer) for layer in layers})
 
     def _write(self, step: int, contents: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, str]:
         """Writes files of a checkpoint, by name; returns their hashes."""
@@ -156,7 +149,7 @@ def _oldest_first(folder: Path) -> list[Path]:
 
 
 def _of_layer(checkpoint: Path, layer: int) -> Path:
-    return checkpoint.with_suffix(f".layer_{layer}.pt")
+    return checkpoint.with_suffix(f".{layer}.pt")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -394,6 +394,7 @@ def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, An
 
 def save_weights(transcoder: BilinearTC, folder: Path) -> None:
     """Writes config.json and model.safetensors, without the code: it lies once, at the run's root."""
+    vars(transcoder)["should_save_on_this_rank"] = lambda _: True  # for transformers, only the first process writes
     transcoder.save_pretrained(folder, max_shard_size="10000GB")  # in one file
     for name in CODE_FILES:
         (folder / name).unlink(missing_ok=True)
