@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -30,6 +31,7 @@ from bilinear_tc.train.measuring.standard_error import influence, standard_error
 from bilinear_tc.train.moments import Covariances, Moments
 from bilinear_tc.train.processes import is_main, process_count, process_index, start_accelerator
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -316,7 +318,8 @@ def test_the_sample_is_of_text_that_is_ordinary_in_every_layer(neox):
 
 
 def measure_on_processes() -> None:
-    """A script: measures random transcoders of a tiny base on this process's shares, and prints the evaluation."""
+    """A script: measures random transcoders of a tiny base on this process's shares, and prints the evaluation; with an
+    argument, the layers are shared out."""
     start_accelerator()
     torch.set_num_threads(1)
     base = Base(tiny_neox(), tokenizer=None)
@@ -328,9 +331,10 @@ def measure_on_processes() -> None:
         start, end = (rank * len(ids) // process_count() for rank in (process_index(), process_index() + 1))
         mask = (torch.arange(12) < LENGTHS[:, None])[start:end] if padded else None
         shares.append(TokenBatch(ids[start:end], mask))
-    activations = Activations(base, 48, device=CPU, dtype=torch.float32)
-    reconstruction = Reconstruction(transcoders, no_affine(transcoders), CPU)
-    evaluation = measure(shares, activations, reconstruction, replacement)
+    shard = Shard(len(base.layers), shared_out=len(sys.argv) > 1)
+    activations = Activations(base, 48, device=CPU, dtype=torch.float32, shard=shard)
+    own = [transcoders[layer] for layer in shard.own]
+    evaluation = measure(shares, activations, Reconstruction(own, no_affine(own), CPU), replacement)
     if is_main():
         print(json.dumps(asdict(evaluation)))
 
@@ -338,9 +342,9 @@ def measure_on_processes() -> None:
 @pytest.mark.slow
 def test_one_two_and_three_processes_measure_the_same(fork_server: ForkServer):
     results = []
-    for count in (1, 2, 3):
+    for count, flags in ((1, []), (2, []), (3, []), (2, ["layers"]), (3, ["layers"])):
         started = (
-            fork_server.start_processes(count, measure_on_processes, [])
+            fork_server.start_processes(count, measure_on_processes, flags)
             if count > 1
             else [fork_server.start(measure_on_processes, [])]
         )
