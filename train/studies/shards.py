@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bilinear_tc.train.base import Base, base_location
@@ -41,12 +43,12 @@ class ShardsSettings:
 def held(fitter: Fitter) -> dict[str, float]:
     """MiB of the tensors that a fitter holds from step to step."""
     states = [state for optimizer in fitter.optimizers for state in optimizer.state.values()]
-    parameters = list(fitter.stack.parameters.values())
-    tensors = {
+    parameters, activations = list(fitter.stack.parameters.values()), fitter.activations
+    tensors: dict[str, list[Tensor]] = {
         "parameters": parameters,
-        "gradients": [p.grad for p in parameters],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
         "momentum": [tensor for state in states for tensor in state.values()],
-        "activations": [*(getattr(fitter.activations, name) for name in ("x", "y", "weights", "ordinary"))],
+        "activations": [activations.x, activations.y, activations.weights, activations.ordinary],
     }
     return {kind: sum(t.numel() * t.element_size() for t in of_kind) / MIB for kind, of_kind in tensors.items()}
 
@@ -60,9 +62,17 @@ def main() -> None:
     settings = parse_settings(ShardsSettings)
     device = start_accelerator().device
     size, layers = settings.width, settings.layers
-    sizes = {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": layers, "num_attention_heads": 8}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=512, max_position_embeddings=settings.seq_len, **sizes))
-    base = Base(model.to(device), AutoTokenizer.from_pretrained(base_location("train/quickstart")))
+    config = GPTNeoXConfig(
+        vocab_size=512,
+        hidden_size=size,
+        intermediate_size=4 * size,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=settings.seq_len,
+    )
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(config)
+    base = Base(model, AutoTokenizer.from_pretrained(base_location("train/quickstart")))
     recipe = Recipe(init="random", batch_size=settings.batch_size, seq_len=settings.seq_len)
     ids = torch.randint(512, (settings.batch_size, settings.seq_len), generator=torch.Generator().manual_seed(0))
     start, end = (n * len(ids) // process_count() for n in (process_index(), process_index() + 1))
@@ -73,17 +83,17 @@ def main() -> None:
         before = resident()
         fitters[way] = Fitter(recipe, base, device, shard=Shard(layers, shared_out=way == "layers"))
         fitters[way].step(batch, 0)
-        grown = resident() - before
-        state = layers * layer_bytes(recipe, base) / MIB
-        for process, (kinds, size_grown) in enumerate(on_all(lambda way=way, grown=grown: (held(fitters[way]), grown))):
-            if is_main():
-                own = sum(kinds.values()) - kinds["activations"]
-                told = ", ".join(f"{kind} {mib:.0f}" for kind, mib in kinds.items())
-                share = own / (state if way == "none" else state / process_count())
-                print(
-                    f"--shard {way}, process {process}: {told} MiB; without activations {own:.0f}, {share:.3f} of "
-                    f"{'all' if way == 'none' else 'its share'}; grown by {size_grown:.0f} MiB"
-                )
+        kinds = held(fitters[way])
+        own, state = sum(kinds.values()) - kinds["activations"], layers * layer_bytes(recipe, base) / MIB
+        parts = 1 if way == "none" else process_count()
+        told = ", ".join(f"{kind} {mib:.0f}" for kind, mib in kinds.items())
+        line = (
+            f"--shard {way}, process {process_index()}: {told} MiB; without activations {own:.0f}, "
+            f"{own * parts / state:.3f} of the state / {parts}; grown by {resident() - before:.0f} MiB"
+        )
+        lines = on_all(partial(str, line))
+        if is_main():
+            print(*lines, sep="\n")
 
     seconds: dict[str, list[float]] = {way: [] for way in fitters}
     for number in range(1, settings.steps + 1):
