@@ -9,6 +9,7 @@ means something on a busy machine too.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -44,7 +45,7 @@ def held(fitter: Fitter) -> dict[str, float]:
     """MiB of the tensors that a fitter holds from step to step."""
     states = [state for optimizer in fitter.optimizers for state in optimizer.state.values()]
     parameters, activations = list(fitter.stack.parameters.values()), fitter.activations
-    tensors: dict[str, list[Tensor]] = {
+    tensors: dict[str, Sequence[Tensor]] = {
         "parameters": parameters,
         "gradients": [p.grad for p in parameters if p.grad is not None],
         "momentum": [tensor for state in states for tensor in state.values()],
