@@ -94,7 +94,7 @@ class Activations:
     def _exchange(self, passes: Sequence[tuple[Tensor, Tensor | None, int]]) -> None:
         """Runs the base over this process's sequences and hands every layer's rows to its owner, pass by pass; they lie
         there in the order of the whole batch."""
-        counts = self.shard.counts([count for _, _, count in passes], self._x.device)
+        counts = self.shard.counts([count for _, _, count in passes])
         *places, self.rows = accumulate(map(sum, counts), initial=0)
         widths = self._x.shape[2], self._y.shape[2]
         for own, of_processes in zip_longest(passes, zip(*counts, strict=True)):

@@ -31,10 +31,9 @@ class Stateful(Protocol):
 class Layered(Protocol):
     """What a checkpoint holds a file a layer of: layers are counted from 0, those of all processes together."""
 
-    @property
-    def held(self) -> range: ...  # the layers that this process goes on with
-    @property
-    def written(self) -> range: ...  # and those that it writes: each is written by one process
+    held: range  # the layers that this process goes on with
+    written: range  # and those that it writes: each is written by one process
+
     def layer_state(self, layer: int) -> dict[str, Any]: ...
     def load_layer_state(self, layer: int, state: dict[str, Any]) -> None: ...
 

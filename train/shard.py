@@ -39,6 +39,7 @@ class Shard:
         self.bounds = [process * layers // processes for process in range(processes + 1)]
         self.own = range(*self.bounds[index : index + 2])
         self.shared_out = processes > 1
+        self._group: dist.ProcessGroup | None = None
 
     def alone(self) -> AbstractContextManager[None]:
         """While the context lasts, what is summed over processes is this one's own: it has all rows of its layers."""
@@ -67,14 +68,13 @@ class Shard:
         """The batch of which each process has a share."""
         return batch.map(gather_over_processes) if self.shared_out else batch
 
-    def counts(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
+    def counts(self, own: list[int]) -> list[list[int]]:
         """The rows of each process's parts [processes][parts], given those of this one's; 0 where it has no more."""
-        parts = torch.tensor(len(own), device=device)
-        dist.all_reduce(parts, dist.ReduceOp.MAX)
-        counts = torch.zeros(len(self.bounds) - 1, int(parts), dtype=torch.long, device=device)
-        counts[dist.get_rank(), : len(own)] = torch.tensor(own, device=device)
-        dist.all_reduce(counts)
-        return counts.tolist()
+        self._group = self._group or dist.new_group(backend="gloo")  # between CPUs: no device is waited for
+        told = [own] * (len(self.bounds) - 1)
+        dist.all_gather_object(told, own, self._group)
+        parts = max(map(len, told))
+        return [counts + [0] * (parts - len(counts)) for counts in told]
 
     def exchange(self, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Sends this process's rows of every layer to the layer's owner.

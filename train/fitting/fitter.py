@@ -44,6 +44,10 @@ class Fitter:
         timer: called with the name of each phase of a step (base, statistics, transcoders, optimizer); the context
             it returns spans the phase.
         shard: which layers are this process's own; default: all are every process's.
+
+    Attributes:
+        held: the layers that this process holds, counted from 0 among all.
+        written: those whose files it writes.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Fitter:
     ) -> None:
         self.recipe, self.base, self.device, self.timer = recipe, base, device, timer
         self.shard = shard or Shard(len(base.layers))
+        self.held, self.written = self.shard.own, Shard(len(base.layers), shared_out=True).own
         dtype = recipe.compute_dtype(device)
         compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
         torch.manual_seed(recipe.seed)
@@ -135,19 +140,9 @@ class Fitter:
                 optimizer.step()
         return mse, fvu, rows
 
-    @property
-    def held(self) -> range:
-        """This process's layers, counted from 0 among all."""
-        return self.shard.own
-
-    @property
-    def written(self) -> range:
-        """Those whose files it writes."""
-        return Shard(len(self.base.layers), shared_out=True).own
-
     def layer_state(self, layer: int) -> dict[str, Any]:
         """What one of this process's layers, counted from 0 among all, goes on from; copies."""
-        own = layer - self.shard.own.start
+        own = layer - self.held.start
         optimizers = [
             {name: value[own].clone() if value.ndim else value for name, value in optimizer.state[p].items()}
             for optimizer, p in self._optimized()
@@ -155,7 +150,7 @@ class Fitter:
         return {"stack": self.stack.layer_state(own), "optimizers": optimizers}
 
     def load_layer_state(self, layer: int, state: dict[str, Any]) -> None:
-        own = layer - self.shard.own.start
+        own = layer - self.held.start
         self.stack.load_layer_state(own, state["stack"])
         for (optimizer, p), of_layer in zip(self._optimized(), state["optimizers"], strict=True):
             for name, value in of_layer.items():
