@@ -66,7 +66,9 @@ class Shard:
 
     def whole(self, batch: TokenBatch) -> TokenBatch:
         """The batch of which each process has a share."""
-        return batch.map(gather_over_processes) if self.shared_out else batch
+        if not self.shared_out:
+            return batch
+        return batch.map(lambda tensor: gather_over_processes(tensor.long()).to(tensor.dtype))  # no sums of bools
 
     def counts(self, own: list[int]) -> list[list[int]]:
         """The rows of each process's parts [processes][parts], given those of this one's; 0 where it has no more."""

@@ -129,9 +129,8 @@ class Fitter:
             )
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
-            mse, fvu = (
-                self.shard.gather(torch.stack([mse, fvu], 1)).cpu().unbind(1)
-            )  # before the update, so that the next pass is queued while it runs
+            scores = self.shard.gather(torch.stack([mse, fvu], 1))
+            mse, fvu = scores.cpu().unbind(1)  # before the update, so that the next pass is queued while it runs
         with self.timer("optimizer"), self.shard.alone():
             multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
             for optimizer in self.optimizers:
