@@ -176,6 +176,17 @@ def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path: Path) -> None:
         file.write_bytes(content)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused_as_such(tmp_path: Path) -> None:
+    """It held all layers in its one file."""
+    checkpoints = Checkpoints(Run(tmp_path), {"kept": Kept()}, Kept())
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"kept": Kept().state_dict()}, tmp_path / "checkpoints" / "step_00000001.pt")
+    with pytest.raises(
+        UserError, match=r"\(an earlier version has written it\), and no .*: start anew with --no_resume"
+    ):
+        checkpoints.load_newest()
+
+
 def test_a_damaged_pt_file_is_never_imported(pristine: Path, tmp_path: Path) -> None:
     file, _ = export_run(Run(pristine), tmp_path / "exported")
     content, expected = file.read_bytes(), read_checkpoint(file)

@@ -135,13 +135,11 @@ class Stack:
 
     def layer_state(self, layer: int) -> dict[str, Any]:
         """What a layer goes on from; copies."""
-        correlation = (
-            self.transcoders[layer].input_correlation if self.transcoders[layer].config.input_correlation else None
-        )
-        return {
-            name: {key: values.data[layer].clone() for key, values in stacked.items()}
-            for name, stacked in self._stacked().items()
-        } | {"correlation": correlation}
+        transcoder, stacked = self.transcoders[layer], self._stacked().items()
+        state: dict[str, Any] = {
+            name: {key: of[layer].detach().clone() for key, of in them.items()} for name, them in stacked
+        }
+        return state | {"correlation": transcoder.input_correlation if transcoder.config.input_correlation else None}
 
     def load_layer_state(self, layer: int, state: dict[str, Any]) -> None:
         if state["median_norm"] and not len(self.median_norm):
