@@ -19,6 +19,7 @@ from test_processes import LOST, assert_close_layers
 from bilinear_tc.train import evaluate
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.fitting import fitter
 from bilinear_tc.train.processes import process_count, process_index, start_accelerator
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.shard import Shard
@@ -79,10 +80,9 @@ def test_every_layer_has_one_owner_and_shares_differ_by_one_at_most(monkeypatch:
 
 
 def test_layers_are_shared_out_where_all_would_not_fit(monkeypatch: pytest.MonkeyPatch, neox: Base, capsys) -> None:
-    """A layer of width 16 and 64 units: 3,072 weights with as many gradients and momenta, or equations of 64 × 80."""
-    from bilinear_tc.train.fitting import fitter
-
-    free = 3 * (2 * 4 * 3072 + 8 * 64 * (64 + 16))
+    """A layer of width 16 and 64 units: 3,072 weights, as many gradients, and equations of 64 × 80, more than momenta;
+    and of 3 sequences of 8 tokens two are a process's, their rows 16 + 16 numbers."""
+    free = 3 * (2 * 4 * 3072 + 8 * 64 * (64 + 16) + 2 * 8 * 32 * 4)
     monkeypatch.setattr(fitter, "process_count", lambda: 2)
     monkeypatch.setattr("bilinear_tc.train.shard.process_count", lambda: 2)
     for asked, room, expected in (
@@ -92,7 +92,7 @@ def test_layers_are_shared_out_where_all_would_not_fit(monkeypatch: pytest.Monke
         ("layers", 2 * free, True),
     ):
         monkeypatch.setattr(fitter, "free_memory", lambda _device, room=room: room)
-        assert fitter.choose_shard(Recipe(shard=asked), neox, CPU).shared_out == expected
+        assert fitter.choose_shard(Recipe(shard=asked, batch_size=3, seq_len=8), neox, CPU).shared_out == expected
         told = "each process holds layers of its own" if expected else "each process holds all layers"
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(f"{told}: 0.0 GiB for all 3, ")

@@ -299,7 +299,9 @@ def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
             f"--shard layers gives each process layers of its own: expected at most {layers} processes for {layers} "
             f"layers, got {processes}; start fewer, or use --shard none"
         )
-    needed, free = layers * layer_bytes(recipe, base), free_memory(device)
+    row = (base.n_inputs + base.n_outputs) * recipe.compute_dtype(device).itemsize
+    rows = -(-recipe.batch_size // processes) * recipe.seq_len
+    needed, free = layers * (layer_bytes(recipe, base) + rows * row), free_memory(device)
     too_large = any(on_all(lambda: needed > free))
     shard = Shard(layers, recipe.shard == "layers" or (recipe.shard == "auto" and too_large and processes <= layers))
     if processes > 1 and is_main():
