@@ -100,7 +100,7 @@ def measure(
     Args:
         batches: the held-out text.
         activations: buffers for one batch.
-        reconstruction, replacement: new ones, of the same layers.
+        reconstruction, replacement: new ones, of the layers that the buffers hold, and of all.
         count, loss_count: how many batches are for the layers' scores, and how many for the losses; default: all.
     """
     sample, shard = Sample(activations.base), activations.shard
