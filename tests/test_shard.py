@@ -15,6 +15,7 @@ from bases import tiny_neox
 from fitting import TinyFit, assert_loads, assert_same_layers, checkpoints, partial, write_text
 from forking import Finished, ForkServer, wait_until
 from test_processes import LOST, assert_close_layers
+from transformers import GPTNeoXForCausalLM
 
 from bilinear_tc.train import evaluate
 from bilinear_tc.train.activations import Activations
@@ -195,6 +196,19 @@ def test_of_four_processes_one_is_killed_and_three_go_on(deep: TinyFit, tmp_path
     assert f"resuming {run} after step {last} of 12" in resumed[0].stdout
     assert partial(run) == []
     assert_close_layers(run, deep.reference("--max_steps", 12))
+
+
+@pytest.mark.slow
+def test_a_nan_in_a_layer_that_one_process_owns_ends_all_with_the_sentence(deep: TinyFit, tmp_path: Path) -> None:
+    base = shutil.copytree(deep.base, tmp_path / "base")
+    model = GPTNeoXForCausalLM.from_pretrained(base)
+    model.gpt_neox.layers[4].mlp.dense_4h_to_h.bias.data[0] = torch.nan
+    model.save_pretrained(base)
+    ended = shared_out(deep, 2, tmp_path / "run", "--base", base)
+    sentence = "the MLP output of layer 4 holds a NaN or an infinity at the calibration sample: expected finite"
+    for finished, prefix in zip(ended, ("error:", "error (process 1):"), strict=True):
+        assert finished.returncode == 1
+        assert finished.stderr.count(f"{prefix} {sentence}") == 1, finished.stderr
 
 
 @pytest.mark.slow
