@@ -94,7 +94,7 @@ def _write_shard(path: Path, documents: Iterator[str], characters: int) -> Path:
 
 def checkpoints(run: Path) -> list[int]:
     """The steps of a run's checkpoints, ascending."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    return sorted(int(path.stem.removeprefix("step_")) for path in (run / "checkpoints").glob("step_????????.pt"))
 
 
 def partial(run: Path) -> list[str]:

@@ -142,7 +142,9 @@ def test_a_recipe_file_of_other_values_is_a_recipe_or_refused(tmp_path: Path) ->
 
 
 class Kept:
-    """A state that remembers what it was given."""
+    """A state, whole and of two layers, that remembers what it was given."""
+
+    held = written = range(2)
 
     def __init__(self) -> None:
         self.tensor, self.number = torch.arange(2000, dtype=torch.float32), 7
@@ -154,16 +156,35 @@ class Kept:
         assert torch.equal(state["tensor"], self.tensor)
         assert state["number"] == self.number
 
+    def layer_state(self, layer: int) -> dict[str, Any]:
+        return {"tensor": self.tensor + layer, "number": self.number}
+
+    def load_layer_state(self, layer: int, state: dict[str, Any]) -> None:
+        self.load_state_dict({"tensor": state["tensor"] - layer, "number": state["number"]})
+
 
 def test_a_damaged_checkpoint_is_never_resumed_from(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Run(tmp_path), {"kept": Kept()})
+    checkpoints = Checkpoints(Run(tmp_path), {"kept": Kept()}, Kept())
     checkpoints.save(1)
-    file = tmp_path / "checkpoints" / "step_00000001.pt"
-    content = file.read_bytes()
-    for seed in range(60):
-        file.write_bytes(damaged(content, random.Random(seed)))
-        with suppress(UserError):
-            assert checkpoints.load_newest()  # and finds what was saved
+    for end in ("", ".0", ".1"):
+        file = tmp_path / "checkpoints" / f"step_00000001{end}.pt"
+        content = file.read_bytes()
+        for seed in range(60):
+            file.write_bytes(damaged(content, random.Random(seed)))
+            with suppress(UserError):
+                assert checkpoints.load_newest()  # and finds what was saved
+        file.write_bytes(content)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_as_such(tmp_path: Path) -> None:
+    """It held all layers in its one file."""
+    checkpoints = Checkpoints(Run(tmp_path), {"kept": Kept()}, Kept())
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"kept": Kept().state_dict()}, tmp_path / "checkpoints" / "step_00000001.pt")
+    with pytest.raises(
+        UserError, match=r"\(an earlier version has written it\), and no .*: start anew with --no_resume"
+    ):
+        checkpoints.load_newest()
 
 
 def test_a_damaged_pt_file_is_never_imported(pristine: Path, tmp_path: Path) -> None:

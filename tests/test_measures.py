@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -31,6 +32,7 @@ from bilinear_tc.train.measuring.standard_error import influence, standard_error
 from bilinear_tc.train.moments import Covariances, Moments
 from bilinear_tc.train.processes import is_main, process_count, process_index, start_accelerator
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -90,7 +92,7 @@ def test_ordinary_and_massive_rows_agree_with_a_plain_float64_computation(neox, 
     reconstruction = Reconstruction(transcoders, no_affine(transcoders), CPU)
     for activations, batch in zip(*rows, strict=True):
         reconstruction.add(activations, batch)
-    scores, mean_se = reconstruction.scores()
+    scores, influences = reconstruction.scores()
     places = torch.cat([batch.mask.nonzero() for batch in rows[1]])
     position, sequence = places[:, 1], places[:, 0] + 4 * (torch.arange(len(places)) >= len(places) // 2)
     pulls = []
@@ -131,7 +133,7 @@ def test_ordinary_and_massive_rows_agree_with_a_plain_float64_computation(neox, 
         pulls.append(total[0] / total[1] - left_out)
     mean = torch.stack(pulls).mean(0)
     jackknife = (7 / 8 * (mean - mean.mean()).square().sum()).sqrt()
-    assert mean_se["fvu_ordinary_se"] == pytest.approx(jackknife.item(), rel=0.3)
+    assert standard_error(influences.mean(0))[1].item() == pytest.approx(jackknife.item(), rel=0.3)
 
 
 def test_the_rule_for_massive_rows():
@@ -317,7 +319,8 @@ def test_the_sample_is_of_text_that_is_ordinary_in_every_layer(neox):
 
 
 def measure_on_processes() -> None:
-    """A script: measures random transcoders of a tiny base on this process's shares, and prints the evaluation."""
+    """A script: measures random transcoders of a tiny base on this process's shares, and prints the evaluation; with an
+    argument, the layers are shared out."""
     start_accelerator()
     torch.set_num_threads(1)
     base = Base(tiny_neox(), tokenizer=None)
@@ -330,9 +333,10 @@ def measure_on_processes() -> None:
         start, end = (rank * len(ids) // process_count() for rank in (process_index(), process_index() + 1))
         mask = (torch.arange(12) < LENGTHS[:, None])[start:end] if padded else None
         shares.append(TokenBatch(ids[start:end], mask))
-    activations = Activations(base, 48, device=CPU, dtype=torch.float32)
-    reconstruction = Reconstruction(transcoders, no_affine(transcoders), CPU)
-    evaluation = measure(shares, activations, reconstruction, replacement)
+    shard = Shard(len(base.layers), shared_out=len(sys.argv) > 1)
+    activations = Activations(base, 48, device=CPU, dtype=torch.float32, shard=shard)
+    own = [transcoders[layer] for layer in shard.own]
+    evaluation = measure(shares, activations, Reconstruction(own, no_affine(own), CPU), replacement)
     if is_main():
         print(json.dumps(asdict(evaluation)))
 
@@ -340,9 +344,9 @@ def measure_on_processes() -> None:
 @pytest.mark.slow
 def test_one_two_and_three_processes_measure_the_same(fork_server: ForkServer):
     results = []
-    for count in (1, 2, 3):
+    for count, flags in ((1, []), (2, []), (3, []), (2, ["layers"]), (3, ["layers"])):
         started = (
-            fork_server.start_processes(count, measure_on_processes, [])
+            fork_server.start_processes(count, measure_on_processes, flags)
             if count > 1
             else [fork_server.start(measure_on_processes, [])]
         )

@@ -111,9 +111,9 @@ def test_a_kill_before_the_start_was_written_loses_it_not(tiny_fit: TinyFit, tmp
     """The checkpoint of step 0 is there, and nothing after it."""
     flags = held_out(tiny_fit, *HARMFUL)
     whole = Run(tiny_fit.reference(*flags))
-    for name in ("recipe.yaml", "checkpoints/step_00000000.pt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(whole.folder / name, tmp_path / name)
+    (tmp_path / "checkpoints").mkdir()
+    for path in [whole.folder / "recipe.yaml", *whole.folder.glob("checkpoints/step_00000000.*")]:
+        shutil.copyfile(path, tmp_path / path.relative_to(whole.folder))
     finished = tiny_fit.run(tmp_path, *flags)
     assert finished.returncode == 0, finished.stderr
     assert [f["kept"] for f in fits(Run(tmp_path))] == ["start", "start"]

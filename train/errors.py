@@ -35,7 +35,7 @@ class Interrupted(UserError):
 
 
 class ElsewhereError(RuntimeError):
-    """A process stops because the main one has failed, which says itself why."""
+    """A process stops because another one has failed, which says itself why."""
 
 
 def one_line(error: BaseException, most: int = 400) -> str:

@@ -15,9 +15,10 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
-from bilinear_tc.train.processes import on_main, start_accelerator
+from bilinear_tc.train.processes import on_main, process_count, start_accelerator
 from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.run import EVALUATION, Run
+from bilinear_tc.train.shard import Shard
 
 
 @dataclass
@@ -71,9 +72,15 @@ def evaluate(settings: EvaluationSettings) -> None:
     if loss_tokens < 0:
         raise UserError(f"loss_tokens must be at least 0, got {loss_tokens}")
     base = Base.of_recipe(recipe, device, run.layers)
-    transcoders = [run.load(layer).float().to(device) for layer in run.layers]
+    shard = Shard(len(base.layers), shared_out=process_count() <= len(base.layers))
+    held = base.layers if loss_tokens else shard.of(base).layers  # the base needs all, if it is to run with all
+    transcoders = [run.load(layer).float().to(device) for layer in held]
     evaluation = measure_held_out(
-        transcoders, recipe, base, held_out=held_out, batch_size=settings.batch_size, loss_tokens=loss_tokens
+        *(transcoders, recipe, base),
+        held_out=held_out,
+        batch_size=settings.batch_size,
+        loss_tokens=loss_tokens,
+        shard=shard,
     )
     target = Run(settings.output or (settings.transcoders if run.is_folder else "."))
     on_main(lambda: target.write_evaluation(evaluation))

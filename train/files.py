@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             sha256.update(chunk)
     return sha256.hexdigest()
+
+
+def delete_files(files: Iterable[Path]) -> None:
+    """Deletes those that are there."""
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import Checkpoints, newest_step
 from bilinear_tc.train.errors import Interrupted, NotFiniteError, UserError, command_line
 from bilinear_tc.train.files import locked
-from bilinear_tc.train.fitting.fitter import Fitter, Progress
+from bilinear_tc.train.fitting.fitter import Fitter, Progress, choose_shard
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
 from bilinear_tc.train.overwriting import READY, take_over, workplace
@@ -37,6 +37,7 @@ from bilinear_tc.train.processes import (
 )
 from bilinear_tc.train.recipe import Recipe, parse_recipe
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches, settled_bos
@@ -64,13 +65,14 @@ def fit(recipe: Recipe) -> None:
             recipe = dataclasses.replace(recipe, bos=settled_bos(recipe, base.tokenizer))  # as the run tells
             recipe.n_hidden(base.n_inputs)
             base.stop_after_last_layer()
+            shard = choose_shard(recipe, base, accelerator.device)
             on_main(lambda: place.begin(recipe))
             accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
-            fit_layers(place, recipe, base, accelerator)
+            fit_layers(place, recipe, base, accelerator, shard)
             if recipe.eval_split is not None:
-                keep_the_better(place, recipe, base, accelerator.device)
-                transcoders = [place.load(layer).float().to(accelerator.device) for layer in base.layers]
-                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size)
+                keep_the_better(place, recipe, base, shard)
+                transcoders = [place.load(layer).float().to(accelerator.device) for layer in shard.of(base).layers]
+                evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, shard=shard)
                 on_main(lambda: place.write_evaluation(evaluation))
         if place.folder != run.folder:
             on_main(lambda: place.folder.rename(run.folder / READY))
@@ -105,7 +107,7 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     return asked == used and run.evaluation is not None
 
 
-def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -> None:
+def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, shard: Shard) -> None:
     """Fits from the newest checkpoint, or from the start, to the last step, and leaves every layer in the run.
 
     Every step made is saved if the text fails (TextError) or the process is asked to stop (Interrupted). On a NaN, or
@@ -115,12 +117,12 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator) -
     device = accelerator.device
     text = open_batches(recipe, base.tokenizer, device, base.vocabulary)
     with text as batches, tracked(accelerator, recipe):
-        fitter = Fitter(recipe, base, device)
+        fitter = Fitter(recipe, base, device, shard=shard)
         progress = Progress(recipe.max_steps, len(base.layers))
-        checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches})
+        checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches}, fitter)
 
         def export(to: Run = run) -> None:
-            on_main(lambda: export_layers(to, recipe, fitter, progress, batches.skipped))
+            export_layers(to, recipe, fitter, progress, batches.skipped)
 
         def save() -> None:
             check_sound(fitter, progress.steps)
@@ -179,7 +181,7 @@ def tracked(accelerator: Accelerator, recipe: Recipe) -> Iterator[None]:
 
 
 def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress, skipped_rows: int) -> None:
-    """Writes every layer as it stands into the run."""
+    """Writes every layer as it stands into the run; each process writes some."""
     fitter.stack.set_statistics()
     on_gpu = fitter.device.type == "cuda"
     facts = {
@@ -195,8 +197,9 @@ def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress, 
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
-    histories = [progress.history(index) for index in range(len(fitter.stack.transcoders))]
-    run.write_layers(fitter.stack.transcoders, histories, recipe, facts)
+    transcoders = [fitter.stack.transcoders[index - fitter.held.start] for index in fitter.written]
+    histories = [progress.history(index) for index in fitter.written]
+    run.write_layers(transcoders, histories, recipe, on_main(lambda: facts))
 
 
 @torch.no_grad()
@@ -212,7 +215,9 @@ def check_sound(fitter: Fitter, steps: int) -> None:
         x = x[:CHECKED_ROWS].float()
         x = x[x.isfinite().all(-1)]  # the base's own NaNs are not the transcoder's fault
         sizes.append(transcoder(x).square().sum())
-    check_converging(sum_over_processes(torch.stack(sizes)), fitter.base.layers, steps)
+    with fitter.shard.alone():
+        own = sum_over_processes(torch.stack(sizes))
+    check_converging(fitter.shard.gather(own), fitter.base.layers, steps)
 
 
 def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:

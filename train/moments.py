@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,13 +119,20 @@ class Covariances:
         return scale[:, None] * covariance * scale
 
 
-def check_finite(inputs: Moments, outputs: Moments, layers: Sequence[int], when: str) -> None:
-    """Raises NotFiniteError, naming the first layer and when, if the moments show a NaN or an infinity."""
+def check_finite(
+    inputs: Moments,
+    outputs: Moments,
+    layers: Sequence[int],
+    when: str,
+    gather: Callable[[Tensor], Tensor] = lambda of_own_layers: of_own_layers,
+) -> None:
+    """Raises NotFiniteError, naming the first layer and when, if the moments show a NaN or an infinity; on all
+    processes, if `gather` makes numbers of all layers [layers] from those of the layers that the moments are of."""
     for what, moments in (("input", inputs), ("output", outputs)):
-        bad = (~moments.deviation.isfinite()).any(-1).tolist()
+        bad = gather((~moments.deviation.isfinite()).any(-1).float()).tolist()
         if any(bad):
             raise NotFiniteError(
-                f"the MLP {what} of layer {layers[bad.index(True)]} holds a NaN or an infinity at {when}: expected "
+                f"the MLP {what} of layer {layers[bad.index(1)]} holds a NaN or an infinity at {when}: expected "
                 "finite activations; check the base's weights and its dtype (--dtype float32 is the safest)"
             )
 

@@ -6,15 +6,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from bilinear_tc.train.errors import ElsewhereError
@@ -57,8 +58,22 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While the context lasts, this process takes itself for the only one: it holds all rows of what it works on."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def process_count() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def process_index() -> int:
@@ -66,8 +81,8 @@ def process_index() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that reads text and writes files."""
-    return process_index() == 0
+    """Whether this is the process that reads text and prints, even while it is `alone`."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -95,21 +110,27 @@ def on_main(work: Callable[[], T]) -> T:
 
     ElsewhereError on the other processes, if the work raised an error on the main one, which raises that.
     """
+    return on_all(lambda: cast(T, work() if is_main() else None))[0]
+
+
+def on_all(work: Callable[[], T]) -> list[T]:
+    """Does some work on every process; their results, small ones, in the processes' order.
+
+    If it raises an error on some, the first of them raises it, and the others ElsewhereError.
+    """
     if process_count() == 1:
-        return work()
-    outcome: list[Any] = [False, None]
-    failure: Exception | None = None
-    if is_main():
-        try:
-            outcome = [True, work()]
-        except Exception as error:
-            failure = error
-    done, result = broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
-    if not done:
-        raise ElsewhereError("the main process has failed")
-    return result
+        return [work()]
+    outcome: tuple[bool, Any] = False, None
+    try:
+        outcome = True, work()
+    except Exception as error:
+        failure = error
+    outcomes: list[Any] = [None] * process_count()
+    dist.all_gather_object(outcomes, outcome)
+    done, results = zip(*outcomes, strict=True)
+    if not all(done):
+        raise failure if done.index(False) == process_index() else ElsewhereError("another process has failed")
+    return list(results)
 
 
 class StopRequest:

@@ -26,7 +26,7 @@ DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
-    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
+    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers", "shard"),
     *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -131,6 +131,10 @@ class Recipe:
         False,
         "Let --no_resume fit over a finished set, which goes once the new one is whole. Without --no_resume: resume "
         "such a fit.",
+    )
+    shard: Literal["auto", "none", "layers"] = option(
+        "auto",
+        "Whether each of several processes holds all layers, or some of its own. auto: some, if all would not fit.",
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = option(
         "none", "The tracker to send each step's scores to."

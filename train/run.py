@@ -25,6 +25,7 @@ from bilinear_tc.train.files import (
     PARTIAL,
     WRITE_ERRORS,
     History,
+    delete_files,
     read_history,
     read_json,
     read_yaml,
@@ -35,6 +36,7 @@ from bilinear_tc.train.files import (
     written_whole,
 )
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json_problems
+from bilinear_tc.train.processes import on_all, on_main
 from bilinear_tc.train.recipe import FREE_SETTINGS, Recipe, expanded, read_settings
 
 T = TypeVar("T")
@@ -318,8 +320,7 @@ class Run:
         """Deletes what a fit has written; folders only if nothing else is in them."""
         folders = [path for path in self.folder.glob("layer_*") if re.fullmatch(r"layer_\d+", path.name)]
         files = [self.folder / EXPORTED, self.folder / EVALUATION, *(f / name for f in folders for name in LAYER_FILES)]
-        for file in [*files, *self.folder.glob(f"{CHECKPOINTS}/step_*.pt")]:
-            file.unlink(missing_ok=True)
+        delete_files([*files, *self.folder.glob(f"{CHECKPOINTS}/step_*.pt")])
         for name in (LOGS, START):
             shutil.rmtree(self.folder / CHECKPOINTS / name, ignore_errors=True)
         for folder in [*folders, self.folder / CHECKPOINTS]:
@@ -338,17 +339,15 @@ class Run:
     def write_layers(
         self, transcoders: Sequence[BilinearTC], histories: Sequence[History], recipe: Recipe, facts: dict[str, Any]
     ) -> None:
-        """Writes every layer's folder, and notes when all are written; an evaluation of what they held is deleted.
-
-        `facts` are what the fit measured of itself, its `steps` among them. StorageError if a file cannot be written,
-        as on a full disk; each file in the run is whole.
+        """Writes the layers' folders, each process those of its own, and notes when all are written; an evaluation of
+        what they held is deleted. `facts` are what the fit measured of itself, its `steps` among them.
+        StorageError if a file cannot be written, as on a full disk; each file in the run is whole.
         """
         try:
-            for void in (EVALUATION, EXPORTED, EXPORTED_BEFORE):
-                (self.folder / void).unlink(missing_ok=True)
-            for transcoder, history in zip(transcoders, histories, strict=True):
-                self.write_layer(transcoder, history, layer_settings(transcoder.config, recipe, facts))
-            self.note_export(facts["steps"])
+            on_main(lambda: delete_files(self.folder / void for void in (EVALUATION, EXPORTED, EXPORTED_BEFORE)))
+            settings = [layer_settings(transcoder.config, recipe, facts) for transcoder in transcoders]
+            on_all(lambda: list(map(self.write_layer, transcoders, histories, settings)))
+            on_main(lambda: self.note_export(facts["steps"]))
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -395,6 +394,7 @@ def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, An
 
 def save_weights(transcoder: BilinearTC, folder: Path) -> None:
     """Writes config.json and model.safetensors, without the code: it lies once, at the run's root."""
+    vars(transcoder)["should_save_on_this_rank"] = lambda _: True  # for transformers, only the first process writes
     transcoder.save_pretrained(folder, max_shard_size="10000GB")  # in one file
     for name in CODE_FILES:
         (folder / name).unlink(missing_ok=True)

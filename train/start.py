@@ -17,6 +17,7 @@ from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import on_main, sum_over_processes
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import CHECKPOINTS, CONFIG, SETTINGS, START, WEIGHTS, Run
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.source import open_held_out
 
 
@@ -25,7 +26,7 @@ def start_of(run: Run) -> Run:
     return Run(run.folder / CHECKPOINTS / START)
 
 
-def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) -> None:
+def keep_the_better(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
     """Puts back every layer of a fitted run that has a higher held-out FVU than it began with; each layer's config.yaml
     says which state it is in (`kept`), and what both score (`fvu_start`, `fvu_end`).
 
@@ -34,8 +35,9 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) 
     start = start_of(run)
     if on_main(lambda: start.exported_step if start.is_folder else None) != 0:
         return
-    states = [[of.load(layer).float().to(device) for layer in base.layers] for of in (start, run)]
-    before, after = held_out_fvu(states, recipe, base).tolist()
+    own, device = shard.of(base).layers, base.model.device
+    states = [[of.load(layer).float().to(device) for layer in own] for of in (start, run)]
+    before, after = held_out_fvu(states, recipe, base, shard).tolist()
 
     def keep() -> None:
         for layer, fvu_start, fvu_end in zip(base.layers, before, after, strict=True):
@@ -55,20 +57,24 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) 
 
 
 @torch.no_grad()
-def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base) -> Tensor:
-    """FVU [sets, layers] of several sets of the same layers on the recipe's held-out text, in one pass of the base."""
-    device = base.model.device
-    activations = Activations(base, recipe.batch_size * recipe.seq_len, device=device, dtype=base.model.dtype)
-    shape = (len(base.layers), base.n_outputs)
+def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base, shard: Shard) -> Tensor:
+    """FVU [sets, layers] of several sets on the recipe's held-out text, in one pass of the base, given the transcoders
+    of this process's layers."""
+    device, rows = base.model.device, recipe.batch_size * recipe.seq_len
+    activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
+    shape = (len(shard.own), base.n_outputs)
     errors = torch.zeros(len(sets), *shape, dtype=torch.float64, device=device)
     outputs = Moments.zeros(*shape, device=device)
     count = -(-recipe.eval_tokens // (recipe.batch_size * recipe.seq_len))
     with open_held_out(recipe, base.tokenizer, device, recipe.batch_size, base.vocabulary) as text:
         for batch in shown(text, count, "held-out text, start and end"):
             activations.fill(batch, MICRO_BATCH_SIZE)
-            outputs = outputs.merge(activations.moments()[1].over_processes())
+            with shard.alone():
+                outputs = outputs.merge(activations.moments()[1].over_processes())
             for of_set, transcoders in zip(errors, sets, strict=True):
                 for layer, transcoder in enumerate(transcoders):
                     error = activations.y[layer].float() - transcoder(activations.x[layer].float())
                     of_set[layer] += error.square().sum(0, dtype=torch.float64)
-    return fvu(sum_over_processes(errors), outputs)
+    with shard.alone():
+        own = fvu(sum_over_processes(errors), outputs)
+    return shard.gather(own.T).T

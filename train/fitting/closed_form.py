@@ -175,7 +175,7 @@ def closed_form_start(
 
     Args:
         stack: the transcoders.
-        base: the decoder whose MLPs they stand in for.
+        base: the decoder whose MLPs they stand in for, with their layers alone.
         calibration: given what it is for, runs the base over the calibration sample, batch by batch. It is called
             twice: first moments are taken, then the heads are solved.
         tangents, jvp: as for `solve_heads`.
@@ -191,7 +191,8 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
     for activations in calibration:
         stack.weigh(activations)
         inputs, outputs = (moments.over_processes() for moments in activations.moments())
-        check_finite(inputs, outputs, base.layers, "the calibration sample")
+        whole, gather = activations.base, activations.shard.gather
+        check_finite(inputs, outputs, whole.layers, "the calibration sample", gather)
         stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
         covariances = covariances or Covariances(inputs.mean)
         for index, layer in enumerate(base.layers):

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.closed_form import closed_form_start
 from bilinear_tc.train.fitting.muon import Muon
 from bilinear_tc.train.fitting.schedule import schedule
 from bilinear_tc.train.fitting.stack import Stack
 from bilinear_tc.train.fitting.tangents import Tangents
 from bilinear_tc.train.moments import check_finite
-from bilinear_tc.train.processes import is_main, process_count
+from bilinear_tc.train.processes import is_main, on_all, process_count
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 
 CARD_BETAS = (0.95, 0.95)
@@ -31,7 +35,7 @@ CPU_BASE_ROWS = 4096  # more rows make the base no faster
 
 
 class Fitter:
-    """The transcoders of a base's layers under fit.
+    """The transcoders of a base's layers under fit: of this process's own, if they are shared out.
 
     Args:
         recipe: the settings.
@@ -39,6 +43,11 @@ class Fitter:
         device: where to compute.
         timer: called with the name of each phase of a step (base, statistics, transcoders, optimizer); the context
             it returns spans the phase.
+        shard: which layers are this process's own; default: all are every process's.
+
+    Attributes:
+        held: the layers that this process holds, counted from 0 among all.
+        written: those whose files it writes.
     """
 
     def __init__(
@@ -47,17 +56,23 @@ class Fitter:
         base: Base,
         device: torch.device,
         timer: Callable[[str], AbstractContextManager] = lambda _phase: nullcontext(),
+        shard: Shard | None = None,
     ) -> None:
         self.recipe, self.base, self.device, self.timer = recipe, base, device, timer
+        self.shard = shard or Shard(len(base.layers))
+        self.held, self.written = self.shard.own, Shard(len(base.layers), shared_out=True).own
         dtype = recipe.compute_dtype(device)
         compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
         torch.manual_seed(recipe.seed)
-        self.stack = Stack(make_transcoders(recipe, base, device), dtype=dtype, compile=compiled)
+        transcoders = make_transcoders(recipe, base, device, self.shard.own)
+        self.stack = Stack(transcoders, dtype=dtype, compile=compiled)
         share = -(-recipe.batch_size // process_count())
-        self.activations = Activations(base, share * recipe.seq_len, device=device, dtype=dtype, compile=compiled)
+        rows = (recipe.batch_size if self.shard.shared_out else share) * recipe.seq_len
+        self.activations = Activations(base, rows, device=device, dtype=dtype, compile=compiled, shard=self.shard)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
         self.optimizers = make_optimizers(recipe, self.stack)
-        self.tangents = Tangents(base, recipe.seed, dtype) if recipe.jvp else None
+        own = self.shard.of(base)
+        self.tangents = Tangents(own, recipe.seed, dtype, self.shard.own.start) if recipe.jvp else None
         if compiled:
             base.compile()
 
@@ -80,7 +95,9 @@ class Fitter:
                 rows += self.activations.count()
                 yield self.activations
 
-        closed_form_start(self.stack, self.base, calibration, self.tangents, self.recipe.jvp or 0.0)
+        with self.shard.alone():
+            own = self.shard.of(self.base)
+            closed_form_start(self.stack, own, calibration, self.tangents, self.recipe.jvp or 0.0)
         return rows
 
     def step(self, batch: TokenBatch, number: int) -> tuple[Tensor, Tensor, int]:
@@ -96,15 +113,15 @@ class Fitter:
         """
         with self.timer("base"):
             self.activations.fill(batch, self.micro_batch_size)
-        with self.timer("statistics"):
+        with self.timer("statistics"), self.shard.alone():
             self.stack.weigh(self.activations)
             inputs, outputs = (moments.over_processes() for moments in self.activations.moments())
-            check_finite(inputs, outputs, self.base.layers, f"step {number + 1}")
+            check_finite(inputs, outputs, self.base.layers, f"step {number + 1}", self.shard.gather)
             self.stack.inputs, self.stack.outputs = self.stack.inputs.merge(inputs), self.stack.outputs.merge(outputs)
             rows, batch_deviation = self.activations.count(), outputs.deviation
             if self.recipe.normalization == "running":
                 inputs, outputs = self.stack.inputs, self.stack.outputs
-        with self.timer("transcoders"):
+        with self.timer("transcoders"), self.shard.alone():
             if self.tangents is not None:
                 self.tangents.begin(number, self.activations)
             errors = self.stack.accumulate(
@@ -112,8 +129,9 @@ class Fitter:
             )
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
-            mse, fvu = mse.cpu(), fvu.cpu()  # before the update, so that the next pass is queued while it runs
-        with self.timer("optimizer"):
+            scores = self.shard.gather(torch.stack([mse, fvu], 1))
+            mse, fvu = scores.cpu().unbind(1)  # before the update, so that the next pass is queued while it runs
+        with self.timer("optimizer"), self.shard.alone():
             multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
@@ -121,17 +139,36 @@ class Fitter:
                 optimizer.step()
         return mse, fvu, rows
 
+    def layer_state(self, layer: int) -> dict[str, Any]:
+        """What one of this process's layers, counted from 0 among all, goes on from; copies."""
+        own = layer - self.held.start
+        optimizers = [
+            {name: value[own].clone() if value.ndim else value for name, value in optimizer.state[p].items()}
+            for optimizer, p in self._optimized()
+        ]
+        return {"stack": self.stack.layer_state(own), "optimizers": optimizers}
+
+    def load_layer_state(self, layer: int, state: dict[str, Any]) -> None:
+        own = layer - self.held.start
+        self.stack.load_layer_state(own, state["stack"])
+        for (optimizer, p), of_layer in zip(self._optimized(), state["optimizers"], strict=True):
+            for name, value in of_layer.items():
+                if value.ndim and name not in optimizer.state[p]:
+                    optimizer.state[p][name] = value.new_zeros(len(p), *value.shape, device=p.device)
+                if value.ndim:
+                    optimizer.state[p][name][own] = value
+                else:
+                    optimizer.state[p][name] = value  # AdamW's count of steps
+
+    def _optimized(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from ((optimizer, parameter) for parameter in group["params"])
+
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "stack": self.stack.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "micro_batch_size": self.micro_batch_size,
-        }
+        return {"micro_batch_size": self.micro_batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stack.load_state_dict(state["stack"])
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
         if self.recipe.micro_batch_size is None:  # another choice would add up in another order
             self.micro_batch_size = state["micro_batch_size"]
 
@@ -189,10 +226,10 @@ class Progress:
         self._seconds_before, self._started = state["seconds"], time.perf_counter()
 
 
-def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[BilinearTC]:
-    """One randomly initialized transcoder a layer, float32."""
+def make_transcoders(recipe: Recipe, base: Base, device: torch.device, kept: range | None = None) -> list[BilinearTC]:
+    """One randomly initialized transcoder a layer, float32; those of the layers in `kept`, counted from 0, if given."""
     transcoders = []
-    for layer in base.layers:
+    for index, layer in enumerate(base.layers):
         norm = base.norm(layer)
         transcoder = BilinearTC(
             BilinearTCConfig(
@@ -212,7 +249,8 @@ def make_transcoders(recipe: Recipe, base: Base, device: torch.device) -> list[B
         if norm is not None:
             transcoder.norm_weight.copy_(norm.weight)
             transcoder.norm_bias.copy_(norm.bias)
-        transcoders.append(transcoder)
+        if kept is None or index in kept:  # the others were drawn for the sake of those after them
+            transcoders.append(transcoder)
     return transcoders
 
 
@@ -252,7 +290,41 @@ def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torc
     return -(-share // parts)  # a remainder of another size would be compiled, and add up, apart
 
 
+def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
+    """Which layers are this process's own, as `shard` asks. UserError if it asks to share out fewer than there are
+    processes."""
+    layers, processes = len(base.layers), process_count()
+    if recipe.shard == "layers" and processes > layers:
+        raise UserError(
+            f"--shard layers gives each process layers of its own: expected at most {layers} processes for {layers} "
+            f"layers, got {processes}; start fewer, or use --shard none"
+        )
+    row = (base.n_inputs + base.n_outputs) * recipe.compute_dtype(device).itemsize
+    rows = -(-recipe.batch_size // processes) * recipe.seq_len
+    needed, free = layers * (layer_bytes(recipe, base) + rows * row), free_memory(device)
+    too_large = any(on_all(lambda: needed > free))
+    shard = Shard(layers, recipe.shard == "layers" or (recipe.shard == "auto" and too_large and processes <= layers))
+    if processes > 1 and is_main():
+        print(
+            f"{'each process holds layers of its own' if shard.shared_out else 'each process holds all layers'}: "
+            f"{needed / 2**30:.1f} GiB for all {layers}, {free / 2**30:.1f} GiB free"
+        )
+    return shard
+
+
+def layer_bytes(recipe: Recipe, base: Base) -> int:
+    """Bytes of a layer under fit, activations apart: parameters, gradients and the optimizer's state or, if it takes
+    more, the closed form's normal equations in place of that state."""
+    hidden = recipe.n_hidden(base.n_inputs)
+    entering = 2 * base.n_inputs if recipe.form == "bilinear" else base.n_inputs
+    parameters = 4 * hidden * (entering + base.n_outputs)
+    equations = 8 * hidden * (hidden + base.n_outputs) if recipe.init == "mlp" else 0
+    return 2 * parameters + max(parameters * (2 if recipe.optimizer == "adamw" else 1), equations)
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a GPU, among them what torch's allocator keeps for reuse."""
+    """Bytes free on a GPU, among them what torch's allocator keeps for reuse; on the CPU a process's share of them."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
-from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
 from bilinear_tc.train.fitting.tangents import Tangents
 from bilinear_tc.train.massive import median_norm
@@ -133,26 +133,28 @@ class Stack:
             }.items():
                 getattr(transcoder, name).copy_(value[layer])
 
-    def state_dict(self) -> dict[str, object]:
-        return {
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "inputs": vars(self.inputs),
-            "outputs": vars(self.outputs),
-            "median_norm": self.median_norm,
-            "correlations": [t.input_correlation for t in self.transcoders if t.config.input_correlation],
+    def layer_state(self, layer: int) -> dict[str, Any]:
+        """What a layer goes on from; copies."""
+        transcoder, stacked = self.transcoders[layer], self._stacked().items()
+        state: dict[str, Any] = {
+            name: {key: of[layer].detach().clone() for key, of in them.items()} for name, them in stacked
         }
+        return state | {"correlation": transcoder.input_correlation if transcoder.config.input_correlation else None}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on from a state; UserError if an earlier version, which kept less, has written it."""
-        if not {"median_norm", "correlations"} <= state.keys():
-            raise UserError("an earlier version has written the checkpoint: start anew with --no_resume")
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(state["parameters"][name])
-        self.inputs = Moments(**state["inputs"]).to(self.device)
-        self.outputs = Moments(**state["outputs"]).to(self.device)
-        self.median_norm = state["median_norm"].to(self.device)
-        for transcoder, correlation in zip(self.transcoders, state["correlations"], strict=False):
-            transcoder.input_correlation.copy_(correlation)
+    def load_layer_state(self, layer: int, state: dict[str, Any]) -> None:
+        if state["median_norm"] and not len(self.median_norm):
+            self.median_norm = self.median_norm.new_empty(len(self.transcoders))
+        for name, stacked in self._stacked().items():
+            for key, values in stacked.items():
+                values.data[layer].copy_(state[name][key])
+        if state["correlation"] is not None:
+            self.transcoders[layer].input_correlation.copy_(state["correlation"])
+
+    def _stacked(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors [layers, ...] of its state."""
+        median = {"first": self.median_norm} if len(self.median_norm) else {}
+        moments = {"inputs": vars(self.inputs), "outputs": vars(self.outputs)}
+        return {"parameters": self.parameters, **moments, "median_norm": median}
 
 
 def add(gradients: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:

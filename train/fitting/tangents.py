@@ -21,10 +21,12 @@ class Tangents:
         seed: of the directions. They depend on it, the step and the row's place in the global batch alone, so that
             neither a resumed fit nor another number of processes changes them.
         dtype: of the products.
+        before: how many layers under fit come before the base's, whose directions are drawn first.
     """
 
-    def __init__(self, base: Base, seed: int, dtype: torch.dtype) -> None:
-        self.base, self.seed, self.dtype, self.device = base, seed, dtype, base.model.device
+    def __init__(self, base: Base, seed: int, dtype: torch.dtype, before: int = 0) -> None:
+        self.base, self.seed, self.dtype, self.before = base, seed, dtype, before
+        self.device = base.model.device
         self.mlps: list[MLPWeights] = []
 
     def begin(self, step: int, activations: Activations) -> None:
@@ -40,6 +42,12 @@ class Tangents:
         self.count = len(range(step % SHARE, everywhere, SHARE))  # over all processes
         self._drawn_before = len(range(step % SHARE, before, SHARE))
         self._generator = torch.Generator(self.device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        for _ in range(self.before):
+            self._everywhere()
+
+    def _everywhere(self) -> Tensor:
+        """The next layer's directions at the chosen rows of all processes [count, n_inputs]."""
+        return torch.randn(self.count, self.base.n_inputs, generator=self._generator, device=self.device)
 
     def draw(self, layer: int, x: Tensor, input_std: Tensor, output_std: Tensor) -> tuple[Tensor, Tensor]:
         """Directions ε [rows, n_inputs] for the chosen rows of a layer, and the MLP's derivatives along them.
@@ -54,6 +62,5 @@ class Tangents:
         Returns:
             ε and J ε [rows, n_outputs], both in z-scored units, float32.
         """
-        everywhere = torch.randn(self.count, x.shape[-1], generator=self._generator, device=self.device)
-        directions = everywhere[self._drawn_before : self._drawn_before + len(x)]
+        directions = self._everywhere()[self._drawn_before : self._drawn_before + len(x)]
         return directions, self.mlps[layer].derivative(x, directions * input_std).float() / output_std

@@ -33,6 +33,7 @@ def solve_affine(
         activations.fill(batch, micro_batch_size)
         for layer in range(len(transcoders)):
             equations.add(layer, activations.x[layer].float(), activations.y[layer].float())
-    equations.sum_over_processes()
+    with activations.shard.alone():
+        equations.sum_over_processes()
     weights, biases = zip(*(equations.solve(layer, ridge=RIDGE) for layer in range(len(transcoders))), strict=True)
     return torch.stack(weights).float(), torch.stack(biases).float()

@@ -19,9 +19,11 @@ from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, fini
 from bilinear_tc.train.measuring.reconstruction import Reconstruction
 from bilinear_tc.train.measuring.replacement import NOTHING_TO_PREDICT, Replacement
 from bilinear_tc.train.measuring.sample import Sample
+from bilinear_tc.train.measuring.standard_error import standard_error
 from bilinear_tc.train.measuring.weights import weight_scores
 from bilinear_tc.train.processes import is_main
 from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 from bilinear_tc.train.text.source import open_batches, open_held_out
 
@@ -36,18 +38,21 @@ def measure_held_out(
     held_out: Recipe | None = None,
     batch_size: int,
     loss_tokens: int = 0,
+    shard: Shard | None = None,
 ) -> Evaluation:
     """Measures a set on its recipe's held-out text, or on the one that `held_out` names.
 
     UserError if there is no held-out text, or no token to predict in it.
 
     Args:
-        transcoders: the layers' models, on the base's device, in the order of `base.layers`.
+        transcoders: the models, on the base's device, in the order of `base.layers`: of this process's layers or, if
+            there are `loss_tokens`, of all.
         recipe: what they were fitted with; the affine maps are solved on its calibration sample.
         base: the base, with all its layers if there are `loss_tokens`.
         held_out: a recipe whose held-out text is taken; default: `recipe`'s own.
         batch_size: sequences at once, over all processes.
         loss_tokens: held-out tokens to measure the base's loss on with its MLPs replaced.
+        shard: which layers are this process's own; default: all are every process's.
     """
     held_out, losses = held_out or recipe, loss_tokens > 0
     if losses and recipe.seq_len < 2:
@@ -55,13 +60,13 @@ def measure_held_out(
     check_held_out(held_out, recipe)
     device = base.model.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
-    activations = Activations(base, rows, device=device, dtype=base.model.dtype)
+    shard = shard or Shard(len(base.layers))
+    activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
+    own = transcoders[shard.own.start : shard.own.stop] if losses else transcoders
     solved_on = -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))  # fewer would flatter what is compared
     with open_batches(recipe, base.tokenizer, device) as text:
-        affine = solve_affine(
-            transcoders, shown(text, solved_on, "affine maps to compare with"), activations, MICRO_BATCH_SIZE
-        )
-    reconstruction = Reconstruction(transcoders, affine, device)
+        affine = solve_affine(own, shown(text, solved_on, "affine maps to compare with"), activations, MICRO_BATCH_SIZE)
+    reconstruction = Reconstruction(own, affine, device)
     replacement = Replacement(base, transcoders) if losses else None
     count, loss_count = (-(-tokens // (batch_size * recipe.seq_len)) for tokens in (held_out.eval_tokens, loss_tokens))
     with open_held_out(held_out, base.tokenizer, device, batch_size, base.vocabulary) as text:
@@ -101,27 +106,32 @@ def measure(
     Args:
         batches: the held-out text.
         activations: buffers for one batch.
-        reconstruction, replacement: new ones, of the same layers.
+        reconstruction, replacement: new ones, of the layers that the buffers hold, and of all.
         count, loss_count: how many batches are for the layers' scores, and how many for the losses; default: all.
     """
-    sample = Sample(activations.base)
-    continuing = Continuing(activations.base, reconstruction.transcoders)
+    sample, shard = Sample(activations.base), activations.shard
+    continuing = Continuing(activations.base, replacement.groups[-1] if replacement else [])
     for number, batch in enumerate(batches):
         if count is None or number < count:
             activations.fill(batch, MICRO_BATCH_SIZE)
-            reconstruction.add(activations, batch)
+            whole = shard.whole(batch)
+            with shard.alone():
+                reconstruction.add(activations, whole)
             sample.add(batch)
         if replacement is not None and (loss_count is None or number < loss_count):
             replacement.add(batch)
             continuing.add(batch)
-    scores, mean_se = reconstruction.scores()
-    ordinary, inputs = reconstruction.ordinary, reconstruction.inputs
-    sample.take(ordinary.median)
-    transcoders = reconstruction.transcoders
-    covariances = [inputs.covariance(layer) for layer in range(len(transcoders))]
-    of_weights = weight_scores(sample, transcoders, covariances, [moments.std for moments in ordinary.outputs])
-    scores = [own | others for own, others in zip(scores, of_weights, strict=True)]
-    evaluation = Evaluation(layers={}, tokens=reconstruction.tokens, massive_rule=RULE, mean_se=finite(mean_se))
+    sample.take(shard.gather(reconstruction.ordinary.median))
+    with shard.alone():
+        scores, influences = reconstruction.scores()
+        ordinary, transcoders = reconstruction.ordinary, reconstruction.transcoders
+        covariances = [reconstruction.inputs.covariance(layer) for layer in range(len(transcoders))]
+        stds = [moments.std for moments in ordinary.outputs]
+        of_weights = weight_scores(sample.of(shard), transcoders, covariances, stds)
+    scores = shard.join([own | others for own, others in zip(scores, of_weights, strict=True)])
+    of_means = standard_error(shard.gather(influences).mean(0)).tolist()
+    mean_se = finite(dict(zip(("fvu_se", "fvu_ordinary_se"), of_means, strict=True)))
+    evaluation = Evaluation(layers={}, tokens=reconstruction.tokens, massive_rule=RULE, mean_se=mean_se)
     if replacement is not None:
         lost = replacement.scores()
         scores = [own | asdict(loss) for own, loss in zip(scores, lost.layers, strict=True)]
@@ -133,6 +143,6 @@ def measure(
             loss_tokens=lost.tokens,
             mean_se=evaluation.mean_se | lost.mean_se,
         )
-    names = [transcoder.config.layer_index for transcoder in transcoders]
+    names = shard.join([transcoder.config.layer_index for transcoder in transcoders])
     layers = {name: LayerScores(**finite(own)) for name, own in zip(names, scores, strict=True)}
     return replace(evaluation, layers=layers)

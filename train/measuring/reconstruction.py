@@ -70,8 +70,9 @@ class Reconstruction:
         """Rows of all processes so far."""
         return int(self.outputs.count.max())
 
-    def scores(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Each layer's scores by the names of `LayerScores`, and the standard errors of their means over the layers.
+    def scores(self) -> tuple[list[dict[str, Any]], Tensor]:
+        """Each layer's scores by the names of `LayerScores`, and each sequence's influence on its FVU and its FVU on
+        ordinary rows [layers, sequences, 2].
 
         To be called once: the inputs' sums and the ordinary outputs' moments become those of all processes.
         """
@@ -93,8 +94,7 @@ class Reconstruction:
             {**dict(zip(columns, row, strict=True)), **ordinary, "worst_channel": worst_channel(of_layer)}
             for row, ordinary, of_layer in zip(rows, self.ordinary.scores(), errors, strict=True)
         ]
-        of_means = standard_error(influences.mean(1)).tolist()
-        return scores, dict(zip(("fvu_se", "fvu_ordinary_se"), of_means, strict=True))
+        return scores, influences.transpose(0, 1)
 
 
 def against_spread(errors: Tensor, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:

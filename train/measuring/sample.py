@@ -5,6 +5,7 @@ All processes hold the same tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights
 from bilinear_tc.train.massive import massive
 from bilinear_tc.train.processes import gather_over_processes
+from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 
 READ = 4096  # tokens at the start of the held-out text are read, in whole batches' sequences …
@@ -68,6 +70,13 @@ class Sample:
             flows.append({name: values.flatten(0, 1)[chosen] for name, values in flow.items() if values.ndim == 3})
         self.inputs, self.outputs = torch.cat(inputs, 1), torch.cat(outputs, 1)
         self.flow = {name: torch.cat([flow[name] for flow in flows]) for name in flows[0]}
+
+    def of(self, shard: Shard) -> Sample:
+        """The sample as that of this process's layers alone."""
+        own = copy.copy(self)
+        own.base, rows = shard.of(self.base), slice(shard.own.start, shard.own.stop)
+        own.inputs, own.outputs = self.inputs[rows], self.outputs[rows]
+        return own
 
 
 def others(tokens: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +14,7 @@ from bilinear_tc.train.measuring.interchange import changes_explained, interchan
 from bilinear_tc.train.measuring.jacobian import isotropic_probes, jacobian_scores
 from bilinear_tc.train.measuring.low_variance import logit_directions, low_variance_share
 from bilinear_tc.train.measuring.sample import Sample, as_map, others
-from bilinear_tc.train.processes import is_main, process_count, process_index
+from bilinear_tc.train.processes import is_main, on_all, process_count, process_index
 
 
 @torch.no_grad()
@@ -55,9 +54,5 @@ def weight_scores(
             if fits
             else None,
         }
-    shares: list[Any] = [scores]
-    if process_count() > 1:
-        shares *= process_count()
-        dist.all_gather_object(shares, scores)
-    every = {index: found for share in shares for index, found in share.items()}
+    every = {index: found for share in on_all(lambda: scores) for index, found in share.items()}
     return [every[index] for index in range(len(transcoders))]
