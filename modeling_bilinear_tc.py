@@ -1737,6 +1737,18 @@ def replaced(base: Any, tcs: BilinearTCSet, layers: Iterable[int] | None = None)
 class _Replaced:
     """What a class of transformers lacks to be loaded as `replaced` has made it."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of the class beside this one; ValueError if transcoders lie on disk before transformers 5."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        places = getattr(loaded[0] if isinstance(loaded, tuple) else loaded, "hf_device_map", {}).values()
+        if int(transformers.__version__.split(".")[0]) < 5 and "disk" in places:
+            raise ValueError(
+                "Before transformers 5, modules on disk lose their buffers, among them the transcoders' statistics: "
+                f'expected a device_map without "disk", or transformers 5, got {transformers.__version__}.'
+            )
+        return loaded
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg] # of the class beside this one
         for layer, kept in config.bilinear_tc.items():
