@@ -121,6 +121,24 @@ class Recipe:
         "auto", "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
     )
     compile: bool | None = option(None, "Compile the code that runs on the device. Default: on CUDA only.")
+    finish: Literal["none", "joint"] = option(
+        "none",
+        "joint: after the fit of each layer by itself, fit all of them once more with all at once in the base's place, "
+        "so that it goes on predicting what it did.",
+    )
+    finish_steps: int | None = option(
+        None, "Steps of --finish joint. Default: those that bring as many tokens as the fit took, start included."
+    )
+    finish_lr: float | None = option(None, "Its peak learning rate of the matrices. Default: a quarter of lr.")
+    anchor: float = option(0.5, "Weight of the fit's own loss, the mean over the layers, in that of --finish joint.")
+    from_run: str | None = field(
+        default=None,
+        metadata={
+            "help": "A finished run that --finish joint starts from, and leaves as it is. Without --recipe its settings "
+            "hold. Default output_dir: RUN-joint.",
+            "aliases": ["--from"],
+        },
+    )
     checkpoint_every: int = option(500, "Steps between checkpoints. 0: only at the end.")
     resume: bool = option(
         True,
@@ -144,7 +162,7 @@ class Recipe:
                 setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
-        for name in ("base", "dataset", "eval_split", "output_dir"):
+        for name in ("base", "dataset", "eval_split", "output_dir", "from_run"):
             if getattr(self, name) is not None:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
@@ -155,13 +173,15 @@ class Recipe:
         if self.normalization == "auto":
             self.normalization = "running" if from_mlp else "batch"
         at_least_0 = ("seed", "max_steps", "shuffle_buffer", "tokenizer_workers", "checkpoint_every")
-        at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens")
+        at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens", "finish_steps")
         for name in (*at_least_0, *at_least_1):
             value, least = getattr(self, name), int(name in at_least_1)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if self.lr is None:
             self.lr = float(f"{0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25:.3g}")
+        if self.finish_lr is None:
+            self.finish_lr = self.lr / 4
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
             ("seed", self.seed < 2**64, "below 2 to the 64th, so as to fit in 64 bits"),
@@ -169,6 +189,8 @@ class Recipe:
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("finish_lr", 0 < self.finish_lr < math.inf, "a positive number"),
+            ("anchor", 0 <= self.anchor < math.inf, "a finite number of at least 0"),
             ("jvp", 0 <= self.jvp < math.inf, "a finite number of at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
         ):

@@ -113,13 +113,17 @@ class Fitter:
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
             mse, fvu = mse.cpu(), fvu.cpu()  # before the update, so that the next pass is queued while it runs
+        self.update(number)
+        return mse, fvu, rows
+
+    def update(self, number: int) -> None:
+        """Steps along the gradients, after `number` steps before."""
         with self.timer("optimizer"):
             multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * multiplier
                 optimizer.step()
-        return mse, fvu, rows
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -248,6 +252,11 @@ def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torc
         most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
     else:
         most = CPU_BASE_ROWS // recipe.seq_len
+    return even_part(share, most)
+
+
+def even_part(share: int, most: int) -> int:
+    """The size of the fewest equal parts of a share, none above `most`, if that is at least 1."""
     parts = -(-share // max(1, min(share, most)))
     return -(-share // parts)  # a remainder of another size would be compiled, and add up, apart
 
