@@ -29,6 +29,7 @@ FREE_SETTINGS = {
     *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
     *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
+FINISH = ("finish", "finish_steps", "finish_lr", "anchor", "from_run")  # settings of what follows the fit itself
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -130,12 +131,12 @@ class Recipe:
         None, "Steps of --finish joint. Default: those that bring as many tokens as the fit took, start included."
     )
     finish_lr: float | None = option(None, "Its peak learning rate of the matrices. Default: a quarter of lr.")
-    anchor: float = option(0.5, "Weight of the fit's own loss, the mean over the layers, in that of --finish joint.")
+    anchor: float = option(0.5, "Weight of each layer's own loss, as in the fit, beside the KL of --finish joint.")
     from_run: str | None = field(
         default=None,
         metadata={
-            "help": "A finished run that --finish joint starts from, and leaves as it is. Without --recipe its settings "
-            "hold. Default output_dir: RUN-joint.",
+            "help": "A finished run that --finish joint starts from, and leaves as it is. Without --recipe its own "
+            "settings are the defaults, and RUN-joint is the output_dir.",
             "aliases": ["--from"],
         },
     )
@@ -196,6 +197,8 @@ class Recipe:
         ):
             if not fits:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if self.finish == "none" and (self.from_run or self.finish_steps):
+            raise UserError("finish_steps and from_run are of the joint finish: add --finish joint, or leave them out")
         if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if from_mlp and not self.bias:
@@ -218,6 +221,13 @@ class Recipe:
                 raise UserError(f"layers must be below {MOST_LAYERS}, got {self.layers!r}")
             indices.update(range(first, last + 1))
         return sorted(indices)
+
+    @property
+    def all_steps(self) -> int | None:
+        """Optimizer steps of all stages; None if those of the joint finish are still open."""
+        if self.finish == "none":
+            return self.max_steps
+        return None if self.finish_steps is None else self.max_steps + self.finish_steps
 
     def n_hidden(self, n_inputs: int) -> int:
         """Hidden units of a transcoder whose input has this width; UserError if that is none."""
@@ -302,13 +312,18 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     )
     parser.add_argument(
         "--recipe",
-        default=DEFAULT_RECIPE,
         help=f"A recipe by name or YAML file. Defaults to {DEFAULT_RECIPE}; here are "
         + ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))),
     )
-    name = parser.parse_known_args(arguments)[0].recipe
-    path = recipe_file(name)
-    parser.set_defaults(**read_settings(path))
+    known = parser.parse_known_args(arguments)[0]
+    source = None if known.recipe or not known.from_run else expanded(known.from_run)
+    path = recipe_file(known.recipe or DEFAULT_RECIPE) if source is None else Path(source, "recipe.yaml")
+    if not path.is_file():
+        raise UserError(f"--from {source} holds no recipe.yaml: expected a finished run, as train/fit.py writes it")
+    settings = read_settings(path)
+    if source is not None:
+        settings["output_dir"] = f"{source.rstrip('/')}-joint"
+    parser.set_defaults(**settings)
     values = vars(parser.parse_args(arguments))
     del values["recipe"]
     if values["output_dir"] is None:

@@ -163,9 +163,9 @@ def recipe_problems(run: Run, allow_partial: bool, offline: bool) -> Iterator[st
     for layer in sorted(set(wanted) & set(layers)):
         with suppress(UserError):  # named among the layer's own problems
             steps = run.fitted_steps(layer)
-            if steps is not None and steps < recipe.max_steps:
+            if steps is not None and steps < (recipe.all_steps or 0):
                 yield (
-                    f"layer_{layer} was fitted for {steps} of {recipe.max_steps} steps: let the fit end, "
+                    f"layer_{layer} was fitted for {steps} of {recipe.all_steps} steps: let the fit end, "
                     "or publish it as it is with --allow_partial"
                 )
 

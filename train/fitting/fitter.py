@@ -39,6 +39,9 @@ class Fitter:
         device: where to compute.
         timer: called with the name of each phase of a step (base, statistics, transcoders, optimizer); the context
             it returns spans the phase.
+
+    Attributes:
+        shown: scores of the last step, beside those that `step` returns, by name.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Fitter:
         timer: Callable[[str], AbstractContextManager] = lambda _phase: nullcontext(),
     ) -> None:
         self.recipe, self.base, self.device, self.timer = recipe, base, device, timer
+        self.shown: dict[str, float] = {}
         dtype = recipe.compute_dtype(device)
         compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
         torch.manual_seed(recipe.seed)
