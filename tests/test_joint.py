@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train import fit
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting import joint
@@ -169,31 +170,27 @@ def stages(run: Path) -> list[dict[str, Any]]:
     return [yaml.safe_load((run / name / "config.yaml").read_text()) for name in layers(run)]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_where_it_starts_and_stays_as_it_is(tiny_fit: TinyFit, source: Path, tmp_path: Path) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in source.rglob("*") if path.is_file()}
-    flags = ["--from", str(source), "--finish", "joint", "--output_dir", str(tmp_path / "run"), "--layers", "1"]
-    ended = tiny_fit.server.start(*(tiny_fit_main(), [*flags, "--eval_split", "none"])).wait()
+    flags = ["--from", source, "--finish", "joint", "--output_dir", tmp_path / "run", "--layers", 1]
+    ended = tiny_fit.server.start(fit.main, [*flags, "--eval_split", "none"]).wait()
     assert ended.returncode == 0, ended.stderr
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in source.rglob("*") if p.is_file()} == before
     (of_layer,) = stages(tmp_path / "run")
-    fit, stage = of_layer["fit"], of_layer["joint"]
+    before_it, stage = of_layer["fit"], of_layer["joint"]
     assert (of_layer["stage"], of_layer["layer"]) == ("joint", 1)
-    assert fit == stages(source)[1]["fit"]
-    assert stage["steps"] == fit["tokens"] // (22 * 32)  # no more tokens than the fit took
-    assert stage["tokens"] == stage["steps"] * 22 * 32 <= fit["tokens"]
+    assert before_it == stages(source)[1]["fit"]
+    assert stage["steps"] == before_it["tokens"] // (22 * 32)  # no more tokens than the fit took
+    assert stage["tokens"] == stage["steps"] * 22 * 32 <= before_it["tokens"]
     assert (stage["anchor"], stage["lr"]) == (Recipe().anchor, Recipe(lr=0.02).finish_lr)
     history = Run(tmp_path / "run").history(1)
     assert list(history["step"]) == list(range(1, 24 + stage["steps"] + 1))
-    assert history["tokens"][-1] == fit["tokens"] + stage["tokens"]
+    assert history["tokens"][-1] == before_it["tokens"] + stage["tokens"]
     assert "fitted 1 layers" in ended.stdout
 
 
-def tiny_fit_main() -> Any:
-    from bilinear_tc.train import fit
-
-    return fit.main
-
-
+@pytest.mark.slow
 def test_it_says_what_the_set_was_before_and_after(tiny_fit: TinyFit, source: Path, finished: Path) -> None:
     run = Run(finished)
     assert run.is_finished
@@ -212,6 +209,7 @@ def test_it_says_what_the_set_was_before_and_after(tiny_fit: TinyFit, source: Pa
         assert f"{stages(finished)[0]['joint'][name]['kl']:.4f}" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_set_that_its_steps_harm_is_put_back_whole(tiny_fit: TinyFit, source: Path, tmp_path: Path) -> None:
     flags = (*held_out(tiny_fit), *FINISH, *HARMFUL, "--from", source)
     ended = tiny_fit.run(tmp_path, *flags)
@@ -282,14 +280,16 @@ def test_two_processes_end_where_one_does(tiny_fit: TinyFit, source: Path, finis
     ],
 )
 def test_a_run_of_another_fit_is_refused(
-    tiny_fit: TinyFit, source: Path, tmp_path: Path, flags: tuple[object, ...], sentence: str
+    tiny_fit: TinyFit, tmp_path: Path, flags: tuple[object, ...], sentence: str
 ) -> None:
+    source = tiny_fit.reference()
     (error,) = tiny_fit.run(tmp_path, *FINISH, "--from", source, *flags).errors
     assert sentence in error
     assert layers(tmp_path) == {}
 
 
-def test_a_run_that_is_not_finished_or_lacks_layers_is_refused(tiny_fit: TinyFit, source: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_not_finished_or_lacks_layers_is_refused(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    source = tiny_fit.reference()
     (error,) = tiny_fit.run(tmp_path / "a", *FINISH, "--from", tmp_path / "nowhere").errors
     assert f"{tmp_path}/nowhere is not a folder: expected a run" in error
     with pytest.raises(UserError, match=r"holds no recipe.yaml: expected a finished run"):

@@ -37,7 +37,6 @@ from bilinear_tc.train.run import (
     Run,
     save_weights,
 )
-from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import COMPARISON, DERIVATIVES, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.names import published_base, renamed
@@ -273,25 +272,22 @@ def build_repository(
     run: Run,
     folder: Path,
     *,
-    repo_id: str | None = None,
-    author: str | None = None,
     base_model: str | None = None,
-    base_card: BaseCard | None = None,
-    license: str | None = None,
     card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
+    **said: Any,
 ) -> Path:
     """Builds the repository folder anew, whole or not at all, and returns it.
 
     Args:
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
-        repo_id, author, license, base_card: for the card.
         base_model: the Hub id of a base that lay in a folder.
         card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
+        said: for the card, what `write_model_card` takes beside the folder and `cast_to`.
 
     Raises:
         UserError: weights do not fit `save_dtype`, readers do not have the base, or the folder cannot be written.
@@ -315,7 +311,6 @@ def build_repository(
         draw_figures(repository, scratch / FIGURES)
         readme = scratch / REPOCARD_NAME
         if card is None:
-            said: dict[str, Any] = {"repo_id": repo_id, "author": author, "license": license, "base_card": base_card}
             write_model_card(repository, **said, cast_to=save_dtype if any(casts) else None)
             text = stamped(readme.read_text(encoding="utf-8"), "generated")
         else:
