@@ -260,10 +260,9 @@ class Run:
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
             return recipe
         before = self.recipe.to_dict()
-        open_settings = {"bos": "auto", "finish_steps": None}
-        left = {name: before[name] for name, value in open_settings.items() if getattr(recipe, name) == value}
-        if recipe.finish == before["finish"]:
-            recipe = dataclasses.replace(recipe, **left)
+        names = ["bos"] + ["finish_steps"] * (recipe.finish == before["finish"])
+        left = {name: before[name] for name in names if getattr(recipe, name) in ("auto", None)}
+        recipe = dataclasses.replace(recipe, **left)
         now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
         differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
         if differing:
