@@ -133,17 +133,12 @@ def test_logits_exist_in_parts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(most) == 12_000
 
 
-def test_float16_is_refused(neox: Base) -> None:
-    recipe = Recipe(**RECIPE, dtype="float16")
-    with pytest.raises(UserError, match="use bfloat16"):
-        JointFitter(recipe, make_transcoders(recipe, neox, CPU), neox, CPU)
-
-
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"finish": "joint", "finish_steps": 0}, "finish_steps must be at least 1, got 0"),
         ({"finish": "joint", "finish_lr": 0.0}, "finish_lr must be a positive number"),
+        ({"finish": "joint", "dtype": "float16"}, "use bfloat16"),
         ({"finish": "joint", "anchor": -1.0}, "anchor must be a finite number of at least 0"),
         ({"from_run": "runs/x"}, "add --finish joint"),
         ({"finish_steps": 3}, "add --finish joint"),
@@ -183,7 +178,7 @@ def test_a_finished_run_is_where_it_starts_and_stays_as_it_is(tiny_fit: TinyFit,
     assert before_it == stages(source)[1]["fit"]
     assert stage["steps"] == before_it["tokens"] // (22 * 32)  # no more tokens than the fit took
     assert stage["tokens"] == stage["steps"] * 22 * 32 <= before_it["tokens"]
-    assert (stage["anchor"], stage["lr"]) == (Recipe().anchor, Recipe(lr=0.02).finish_lr)
+    assert (stage["anchor"], stage["lr"]) == (Recipe().anchor, 0.005)
     history = Run(tmp_path / "run").history(1)
     assert list(history["step"]) == list(range(1, 24 + stage["steps"] + 1))
     assert history["tokens"][-1] == before_it["tokens"] + stage["tokens"]
@@ -271,6 +266,7 @@ def test_two_processes_end_where_one_does(tiny_fit: TinyFit, source: Path, finis
         assert history["fvu"].to_pylist() == pytest.approx(expected["fvu"].to_pylist(), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -288,6 +284,7 @@ def test_a_run_of_another_fit_is_refused(
     assert layers(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_or_lacks_layers_is_refused(tiny_fit: TinyFit, tmp_path: Path) -> None:
     source = tiny_fit.reference()
     (error,) = tiny_fit.run(tmp_path / "a", *FINISH, "--from", tmp_path / "nowhere").errors

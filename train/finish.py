@@ -41,6 +41,7 @@ def layer_wise(run: Run, recipe: Recipe) -> Recipe:
 
 def check_source(source: Run, recipe: Recipe) -> None:
     """UserError unless the joint finish of a recipe can start from a run, and leaves it as it is."""
+    Run.in_folder(source.folder)
     if source.folder.resolve() == Path(recipe.output_dir or "").resolve():
         raise UserError(f"--from {source.where} is the output_dir too: name another --output_dir")
     if not source.is_finished or source.export_problems() or source.recipe.finish != "none":

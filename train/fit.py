@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 import transformers
@@ -82,8 +81,7 @@ def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
             on_main(lambda: check_text(recipe))
             source = None
             if recipe.finish == "joint":
-                named = recipe.from_run
-                source = Run.in_folder(Path(named)) if named else fit_run(layer_wise(place, recipe), accelerator)
+                source = Run(recipe.from_run) if recipe.from_run else fit_run(layer_wise(place, recipe), accelerator)
                 on_main(lambda: check_source(source, recipe))
                 recipe = on_main(lambda: settled(recipe, source))
             base = Base.of_recipe(recipe, accelerator.device)

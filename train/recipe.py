@@ -181,7 +181,7 @@ class Recipe:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if self.lr is None:
             self.lr = float(f"{0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25:.3g}")
-        if self.finish_lr is None:
+        if self.finish_lr is None and self.finish == "joint":
             self.finish_lr = self.lr / 4
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
@@ -190,7 +190,7 @@ class Recipe:
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("finish_lr", 0 < self.finish_lr < math.inf, "a positive number"),
+            ("finish_lr", self.finish_lr is None or 0 < self.finish_lr < math.inf, "a positive number"),
             ("anchor", 0 <= self.anchor < math.inf, "a finite number of at least 0"),
             ("jvp", 0 <= self.jvp < math.inf, "a finite number of at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
@@ -199,6 +199,8 @@ class Recipe:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
         if self.finish == "none" and (self.from_run or self.finish_steps):
             raise UserError("finish_steps and from_run are of the joint finish: add --finish joint, or leave them out")
+        if self.finish == "joint" and self.dtype == "float16":
+            raise UserError("dtype float16 has too small a range for --finish joint's gradients: use bfloat16")
         if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if from_mlp and not self.bias:
@@ -322,7 +324,7 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         raise UserError(f"--from {source} holds no recipe.yaml: expected a finished run, as train/fit.py writes it")
     settings = read_settings(path)
     if source is not None:
-        settings["output_dir"] = f"{source.rstrip('/')}-joint"
+        settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True}
     parser.set_defaults(**settings)
     values = vars(parser.parse_args(arguments))
     del values["recipe"]

@@ -38,7 +38,7 @@ class JointFitter(Fitter):
     """The transcoders of a finished set under the joint finish; of its like in all but the loss, and in the z-scores,
     which stay those of the set.
 
-    UserError if the base's blocks hand on more than their outputs, or the recipe computes in float16.
+    UserError if the base's blocks hand on more than their outputs.
 
     Args:
         recipe: the settings, `finish_lr` and `finish_steps` among them.
@@ -57,8 +57,6 @@ class JointFitter(Fitter):
         device: torch.device,
         timer: Callable[[str], AbstractContextManager] = lambda _phase: nullcontext(),
     ) -> None:
-        if recipe.dtype == "float16":
-            raise UserError("dtype float16 has too small a range for gradients through the base: use bfloat16")
         self.passes = Reentry(base)
         self.vocabulary = base.model.config.get_text_config().vocab_size
         if not self.passes.is_exact(torch.arange(16, device=device)[None] % self.vocabulary):
