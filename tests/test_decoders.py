@@ -34,12 +34,12 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.closed_form import MLPWeights
 from bilinear_tc.train.fitting.fitter import Fitter, make_transcoders
+from bilinear_tc.train.layer_settings import layer_settings
 from bilinear_tc.train.measuring.affine import solve_affine
 from bilinear_tc.train.measuring.held_out import measure
 from bilinear_tc.train.measuring.reconstruction import Reconstruction
 from bilinear_tc.train.measuring.replacement import Replacement
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import layer_settings
 from bilinear_tc.train.studies import decoders
 from bilinear_tc.train.text.batches import TokenBatch
 

@@ -489,6 +489,37 @@ def test_a_closed_form_set_says_what_it_was_solved_on(tmp_path: Path) -> None:
     assert "batch's own" not in card
 
 
+JOINT: dict[str, Any] = {
+    **{"steps": 216, "tokens": 884736, "anchor": 0.5, "optimizer": "muon", "lr": 0.01, "kept": "end"},
+    "before": {"ce_increase": 0.0812, "kl": 0.0936, "mean_fvu": 0.1204, "fvu": 0.1},
+    "after": {"ce_increase": 0.0433, "kl": 0.0512, "mean_fvu": 0.1198, "fvu": 0.1},
+}
+
+
+def test_a_joint_set_says_its_stage_and_what_it_was_before(tmp_path: Path) -> None:
+    """And a set on another branch is loaded from there."""
+
+    def told(**settings: Any) -> Path:
+        for path in run.glob("layer_*/config.yaml"):
+            path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
+        return run
+
+    run = write_tiny_run(tmp_path)
+    told(stage="joint", joint=JOINT)
+    card = write(run, revision="joint")
+    assert "**Stage**: joint" in section(card, "Overview")
+    (before, after) = table(card, "joint finish")
+    assert (before, after) == (["before", "0.0812", "0.0936", "0.1204"], ["after", "0.0433", "0.0512", "0.1198"])
+    assert "216 steps, 884,736 tokens; loss: KL from the base's predictions + 0.5 ×" in section(
+        card, "Training details"
+    )
+    assert card.count('revision="joint"') == card.count("trust_remote_code=True)") == 2
+    assert "further from its MLP" not in card
+    worse = JOINT | {"after": JOINT["after"] | {"mean_fvu": 0.1304}}
+    assert "further from its MLP than before" in write(told(joint=worse))
+    assert "Stage" not in section(write(told(stage="layer-wise", joint=None)), "Overview")
+
+
 def test_the_predecessor_on_the_hub_is_linked(tmp_path: Path) -> None:
     link = "[Elriggs/hnn_transcoders](https://huggingface.co/Elriggs/hnn_transcoders)"
     card = write(pythia_run(tmp_path / "run"))

@@ -220,7 +220,8 @@ def test_settings_are_published_without_where_the_run_lies(run: Path) -> None:
     folder = build_repository(Run(run), run / "repository", with_pt=True)
     for path in ("recipe.yaml", "layer_0/config.yaml", "layer_1/config.yaml"):
         settings = yaml.safe_load((run / path).read_text())
-        settings.pop("output_dir", None)
+        for name in ("output_dir", "from_run"):
+            settings.pop(name, None)
         assert list(yaml.safe_load((folder / path).read_text()).items()) == list(settings.items())
     for path in folder.rglob("*"):
         assert path.is_dir() or place.encode() not in path.read_bytes(), path

@@ -134,7 +134,7 @@ run, recipe = Path(sys.argv[1]), Recipe(base="mod\\u00e8le")
 run = Run(run)
 run.begin(recipe)
 transcoder = BilinearTC(BilinearTCConfig(2, 2, 2, base_model=recipe.base, layer_index=0))
-run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], recipe, {"steps": 0})
+run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], [{"fit": {"steps": 0}}], 0)
 """
 
 

@@ -62,7 +62,8 @@ def test_layers_in_each_others_folders_are_not_read(run: Run) -> None:
 def export(run: Run, steps: int = 5) -> None:
     transcoders = [run.load(layer) for layer in run.layers]
     histories = [run.history(layer) for layer in run.layers]
-    run.write_layers(transcoders, histories, run.recipe, {"steps": steps})
+    settings = [run.settings(layer) | {"fit": {"steps": steps}} for layer in run.layers]
+    run.write_layers(transcoders, histories, settings, steps)
 
 
 def test_an_export_is_known_by_its_record_and_by_every_file_of_it(run: Run) -> None:

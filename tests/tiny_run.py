@@ -10,9 +10,10 @@ import torch
 
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.layer_settings import layer_settings
 from bilinear_tc.train.measuring.evaluation import Continuations, Evaluation, LayerScores, LossScores
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import Run, layer_settings
+from bilinear_tc.train.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS_A_STEP = 4096

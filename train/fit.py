@@ -8,7 +8,7 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -22,8 +22,19 @@ from tqdm import tqdm
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import Checkpoints, newest_step
 from bilinear_tc.train.errors import Interrupted, NotFiniteError, UserError, command_line
-from bilinear_tc.train.files import locked
+from bilinear_tc.train.files import History, locked
+from bilinear_tc.train.finish import (
+    begin_finish,
+    check_source,
+    finish_table,
+    joint_history,
+    layer_wise,
+    measure_finish,
+    settled,
+)
 from bilinear_tc.train.fitting.fitter import Fitter, Progress, choose_shard
+from bilinear_tc.train.fitting.joint import JointFitter
+from bilinear_tc.train.layer_settings import joint_settings, layer_settings
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
 from bilinear_tc.train.overwriting import READY, take_over, workplace
@@ -46,13 +57,21 @@ CHECKED_ROWS = 1024  # of the last batch, on which the transcoders are tried bef
 
 
 def fit(recipe: Recipe) -> None:
-    """Runs a recipe to its end, from wherever its run stands."""
-    run = Run(recipe.output_dir or "")
+    """Runs a recipe to its end, from wherever its run stands, and prints what came out."""
     check_tracker(recipe.report_to)
     accelerator = start_accelerator(
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_config=ProjectConfiguration(recipe.output_dir),
     )
+    run = fit_run(recipe, accelerator)
+    if is_main():
+        print_result(run, recipe)
+    accelerator.state.destroy_process_group()
+
+
+def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
+    """The run of a recipe, brought to its end."""
+    run = Run(recipe.output_dir or "")
     on_main(run.check_writable)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(run.folder)))
@@ -61,16 +80,24 @@ def fit(recipe: Recipe) -> None:
         recipe = on_main(lambda: place.continued(recipe))
         if not on_main(lambda: is_finished(place, recipe)):
             on_main(lambda: check_text(recipe))
+            source = None
+            if recipe.finish == "joint":
+                source = Run(recipe.from_run) if recipe.from_run else fit_run(layer_wise(place, recipe), accelerator)
+                on_main(lambda: check_source(source, recipe))
+                recipe = on_main(lambda: settled(recipe, source))
             base = Base.of_recipe(recipe, accelerator.device)
             recipe = dataclasses.replace(recipe, bos=settled_bos(recipe, base.tokenizer))  # as the run tells
             recipe.n_hidden(base.n_inputs)
-            base.stop_after_last_layer()
+            if source is None:
+                base.stop_after_last_layer()
             shard = choose_shard(recipe, base, accelerator.device)
             on_main(lambda: place.begin(recipe))
+            if source is not None:
+                on_main(lambda: begin_finish(place, source, base.layers))
             accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
             fit_layers(place, recipe, base, accelerator, shard)
             if recipe.eval_split is not None:
-                keep_the_better(place, recipe, base, shard)
+                (keep_the_better if source is None else measure_finish)(place, recipe, base, shard)
                 transcoders = [place.load(layer).float().to(accelerator.device) for layer in shard.of(base).layers]
                 evaluation = measure_held_out(transcoders, recipe, base, batch_size=recipe.batch_size, shard=shard)
                 on_main(lambda: place.write_evaluation(evaluation))
@@ -78,9 +105,7 @@ def fit(recipe: Recipe) -> None:
             on_main(lambda: place.folder.rename(run.folder / READY))
             on_main(lambda: take_over(run.folder))
             run.forget()
-    if is_main():
-        print_result(run, recipe)
-    accelerator.state.destroy_process_group()
+    return run
 
 
 def check_tracker(name: str) -> None:
@@ -117,7 +142,8 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, s
     device = accelerator.device
     text = open_batches(recipe, base.tokenizer, device, base.vocabulary)
     with text as batches, tracked(accelerator, recipe):
-        fitter = Fitter(recipe, base, device, shard=shard)
+        fitter = make_fitter(run, recipe, base, device, shard)
+        recipe, solves = fitter.recipe, recipe.init == "mlp" and recipe.finish == "none"
         progress = Progress(recipe.max_steps, len(base.layers))
         checkpoints = Checkpoints(run, {"fitter": fitter, "progress": progress, "text": batches}, fitter)
 
@@ -134,13 +160,14 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, s
             if on_main(lambda: run.exported_step) != progress.steps:
                 export()  # killed between the two
         else:
-            if recipe.init == "mlp":
+            if solves:
                 progress.tokens_read = fitter.start(calibration_batches(recipe, batches))
             save()
-        if recipe.init == "mlp" and progress.steps == 0 < recipe.max_steps:
+        if solves and progress.steps == 0 < recipe.max_steps:
             export(start_of(run))
 
-        title, total = f"fitting {len(base.layers)} layers", recipe.max_steps
+        what = "fitting" if recipe.finish == "none" else "joint finish of"
+        title, total = f"{what} {len(base.layers)} layers", recipe.max_steps
         bar = tqdm(desc=title, initial=progress.steps, total=total, unit="step", disable=not is_main())
         with StopRequest(device) as stop, bar:
             while progress.steps < recipe.max_steps:
@@ -157,7 +184,7 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, s
                     raise
                 check_converging(mse, base.layers, progress.steps + 1)
                 progress.add(mse, fvu, rows)
-                report(fvu, base.layers, progress.steps, batches.skipped, bar, accelerator)
+                report(fvu, fitter.shown, base.layers, progress.steps, batches.skipped, bar, accelerator)
                 stopping = bool(stop)
                 due = recipe.checkpoint_every and progress.steps % recipe.checkpoint_every == 0
                 if due or stopping or progress.steps == recipe.max_steps:
@@ -167,6 +194,13 @@ def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, s
                         f"stopped after step {progress.steps} of {recipe.max_steps}, which is saved in {run.folder}: "
                         f"run the same command{'' if recipe.resume else ', without --no_resume,'} to resume"
                     )
+
+
+def make_fitter(run: Run, recipe: Recipe, base: Base, device: torch.device, shard: Shard) -> Fitter:
+    """What makes the steps of a run's stage."""
+    if recipe.finish == "none":
+        return Fitter(recipe, base, device, shard=shard)
+    return JointFitter(recipe, [start_of(run).load(layer) for layer in base.layers], base, device)
 
 
 @contextmanager
@@ -197,9 +231,19 @@ def export_layers(run: Run, recipe: Recipe, fitter: Fitter, progress: Progress, 
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    facts = on_main(lambda: facts)
     transcoders = [fitter.stack.transcoders[index - fitter.held.start] for index in fitter.written]
-    histories = [progress.history(index) for index in fitter.written]
-    run.write_layers(transcoders, histories, recipe, on_main(lambda: facts))
+    histories: list[History] = [progress.history(index) for index in fitter.written]
+    settings = [layer_settings(transcoder.config, recipe, facts) for transcoder in transcoders]
+    if recipe.finish == "joint":
+        start, layers = start_of(run), [fitter.base.layers[index] for index in fitter.written]
+        before = [start.settings(layer) for layer in layers]
+        settings = [joint_settings(of_start, recipe, facts) for of_start in before]
+        pasts = zip(
+            map(start.history, layers), (of_start["fit"]["tokens"] for of_start in before), histories, strict=True
+        )
+        histories = [joint_history(*past) for past in pasts]
+    run.write_layers(transcoders, histories, settings, progress.steps)
 
 
 @torch.no_grad()
@@ -231,14 +275,21 @@ def check_converging(errors: Tensor, layers: Sequence[int], steps: int) -> None:
 
 
 def report(
-    fvu: Tensor, layers: Sequence[int], steps: int, skipped_rows: int, bar: tqdm, accelerator: Accelerator
+    fvu: Tensor,
+    others: Mapping[str, float],
+    layers: Sequence[int],
+    steps: int,
+    skipped_rows: int,
+    bar: tqdm,
+    accelerator: Accelerator,
 ) -> None:
-    """Shows a step's FVU [layers] in the progress bar and tells the trackers."""
+    """Shows a step's FVU [layers], and other scores, in the progress bar and tells the trackers."""
     bar.update()
-    shown = {"mean_fvu": f"{fvu.mean():.4f}", "worst": f"{fvu.max():.4f}"}
+    shown = {name: f"{value:.4f}" for name, value in others.items()}
+    shown |= {"mean_fvu": f"{fvu.mean():.4f}", "worst": f"{fvu.max():.4f}"}
     bar.set_postfix(shown | ({"skipped_rows": skipped_rows} if skipped_rows else {}), refresh=False)
     by_layer = {f"fvu/layer_{layer}": value for layer, value in zip(layers, fvu.tolist(), strict=True)}
-    accelerator.log({"mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
+    accelerator.log({**others, "mean_fvu": fvu.mean().item(), **by_layer}, step=steps)
 
 
 def print_result(run: Run, recipe: Recipe) -> None:
@@ -246,7 +297,9 @@ def print_result(run: Run, recipe: Recipe) -> None:
     if recipe.eval_split is None or run.evaluation is None:
         print(f"fitted {len(run.layers)} layers; no eval_split, so nothing was measured on held-out text")
     else:
-        print(fit_table(run.evaluation, {layer: run.settings(layer)["fit"] for layer in run.layers}))
+        joint = run.settings(run.layers[0]).get("joint")
+        stage = {layer: run.settings(layer)["fit"] for layer in run.layers} if joint is None else {}
+        print(fit_table(run.evaluation, stage), *([finish_table(joint)] if joint else []), sep="\n\n")
     if skipped := run.settings(run.layers[0]).get("fit", {}).get("skipped_rows"):
         print(f"rows of the text that were left out, for they held none or could not be read: {skipped}")
     print(

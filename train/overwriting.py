@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from bilinear_tc.train.recipe import Recipe
-from bilinear_tc.train.run import RECIPE, Run
+from bilinear_tc.train.run import LAYER_WISE, RECIPE, Run
 
 NEXT = ".next"  # a fit beside a finished set
 READY = ".ready"  # the same, finished, on its way to the run's own folder
@@ -29,7 +29,8 @@ def take_over(folder: Path) -> None:
     if not ready.is_dir():
         return
     if (ready / RECIPE).is_file():  # nothing of it has been moved
-        Run(folder).delete_fit()
+        for old in (folder, folder / LAYER_WISE):
+            Run(old).delete_fit()
         os.replace(ready / RECIPE, folder / RECIPE)
     for path in [path for path in sorted(ready.rglob("*")) if path.is_file()]:
         target = folder / path.relative_to(ready)

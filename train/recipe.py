@@ -29,6 +29,7 @@ FREE_SETTINGS = {
     *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers", "shard"),
     *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
+FINISH = ("finish", "finish_steps", "finish_lr", "anchor", "from_run")  # settings of what follows the fit itself
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -121,6 +122,24 @@ class Recipe:
         "auto", "The type of products. auto: bfloat16 on CUDA (with float32 master weights), float32 on the CPU."
     )
     compile: bool | None = option(None, "Compile the code that runs on the device. Default: on CUDA only.")
+    finish: Literal["none", "joint"] = option(
+        "none",
+        "joint: after the fit of each layer by itself, fit all of them once more with all at once in the base's place, "
+        "so that it goes on predicting what it did.",
+    )
+    finish_steps: int | None = option(
+        None, "Steps of --finish joint. Default: those that bring as many tokens as the fit took, start included."
+    )
+    finish_lr: float | None = option(None, "Its peak learning rate of the matrices. Default: a quarter of lr.")
+    anchor: float = option(0.5, "Weight of each layer's own loss, as in the fit, beside the KL of --finish joint.")
+    from_run: str | None = field(
+        default=None,
+        metadata={
+            "help": "A finished run that --finish joint starts from, and leaves as it is. Without --recipe its own "
+            "settings are the defaults, and RUN-joint is the output_dir.",
+            "aliases": ["--from"],
+        },
+    )
     checkpoint_every: int = option(500, "Steps between checkpoints. 0: only at the end.")
     resume: bool = option(
         True,
@@ -148,7 +167,7 @@ class Recipe:
                 setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
-        for name in ("base", "dataset", "eval_split", "output_dir"):
+        for name in ("base", "dataset", "eval_split", "output_dir", "from_run"):
             if getattr(self, name) is not None:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
@@ -159,13 +178,15 @@ class Recipe:
         if self.normalization == "auto":
             self.normalization = "running" if from_mlp else "batch"
         at_least_0 = ("seed", "max_steps", "shuffle_buffer", "tokenizer_workers", "checkpoint_every")
-        at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens")
+        at_least_1 = ("seq_len", "batch_size", "micro_batch_size", "eval_tokens", "init_tokens", "finish_steps")
         for name in (*at_least_0, *at_least_1):
             value, least = getattr(self, name), int(name in at_least_1)
             if value is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if self.lr is None:
             self.lr = float(f"{0.02 * (self.batch_size * self.seq_len / 65_536) ** 0.25:.3g}")
+        if self.finish_lr is None and self.finish == "joint":
+            self.finish_lr = self.lr / 4
         multiplier = "a positive number, since n_hidden must be at least 1"
         for name, fits, expected in (  # each comparison is written so that a NaN fails it
             ("seed", self.seed < 2**64, "below 2 to the 64th, so as to fit in 64 bits"),
@@ -173,11 +194,19 @@ class Recipe:
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("finish_lr", self.finish_lr is None or 0 < self.finish_lr < math.inf, "a positive number"),
+            ("anchor", 0 <= self.anchor < math.inf, "a finite number of at least 0"),
             ("jvp", 0 <= self.jvp < math.inf, "a finite number of at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0"),
         ):
             if not fits:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
+        if self.finish == "none" and (self.from_run or self.finish_steps):
+            raise UserError("finish_steps and from_run are of the joint finish: add --finish joint, or leave them out")
+        if self.finish == "joint" and self.dtype == "float16":
+            raise UserError("dtype float16 has too small a range for --finish joint's gradients: use bfloat16")
+        if self.finish == "joint" and self.shard == "layers":
+            raise UserError("--finish joint needs all layers in every process: leave --shard layers out")
         if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if from_mlp and not self.bias:
@@ -200,6 +229,13 @@ class Recipe:
                 raise UserError(f"layers must be below {MOST_LAYERS}, got {self.layers!r}")
             indices.update(range(first, last + 1))
         return sorted(indices)
+
+    @property
+    def all_steps(self) -> int | None:
+        """Optimizer steps of all stages; None if those of the joint finish are still open."""
+        if self.finish == "none":
+            return self.max_steps
+        return None if self.finish_steps is None else self.max_steps + self.finish_steps
 
     def n_hidden(self, n_inputs: int) -> int:
         """Hidden units of a transcoder whose input has this width; UserError if that is none."""
@@ -284,13 +320,18 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     )
     parser.add_argument(
         "--recipe",
-        default=DEFAULT_RECIPE,
         help=f"A recipe by name or YAML file. Defaults to {DEFAULT_RECIPE}; here are "
         + ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))),
     )
-    name = parser.parse_known_args(arguments)[0].recipe
-    path = recipe_file(name)
-    parser.set_defaults(**read_settings(path))
+    known = parser.parse_known_args(arguments)[0]
+    source = None if known.recipe or not known.from_run else expanded(known.from_run)
+    path = recipe_file(known.recipe or DEFAULT_RECIPE) if source is None else Path(source, "recipe.yaml")
+    if not path.is_file():
+        raise UserError(f"--from {source} holds no recipe.yaml: expected a finished run, as train/fit.py writes it")
+    settings = read_settings(path)
+    if source is not None:
+        settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True}
+    parser.set_defaults(**settings)
     values = vars(parser.parse_args(arguments))
     del values["recipe"]
     if values["output_dir"] is None:

@@ -48,6 +48,7 @@ CONFIG, WEIGHTS, SETTINGS, HISTORY = "config.json", "model.safetensors", "config
 LAYER_FILES = (CONFIG, WEIGHTS, SETTINGS, HISTORY)
 CHECKPOINTS = "checkpoints"
 START, LOGS = "start", "logs"  # among the checkpoints: the layers as the fit began with them; the trackers' files
+LAYER_WISE = "layer-wise"  # a run of its own: what the joint finish starts from, if no other run is named for that
 EXPORTED = "exported.json"  # the last file of an export: the step that all layers stand at, and a hash of each file
 EXPORTED_BEFORE = f"{CHECKPOINTS}/exported"  # what earlier versions left in its place
 UNRECORDED = {"max_steps": 0, "jvp": 0.0, "bos": "none"}  # what a recipe.yaml means that does not name them
@@ -118,12 +119,15 @@ class Run:
         return self._layer_file(layer, SETTINGS, read_yaml, missing={})
 
     def fitted_steps(self, layer: int) -> int | None:
-        """Steps that a layer was fitted for, None if its config.yaml does not tell."""
-        fit = self.settings(layer).get("fit", {})
-        steps = fit.get("steps") if isinstance(fit, dict) else fit
-        if not isinstance(fit, dict) or not isinstance(steps, (int, type(None))):
-            raise UserError(f"layer_{layer}/{SETTINGS}: fit must hold a whole number of steps, got {steps!r}")
-        return steps
+        """Steps that a layer was fitted for, in all stages; None if its config.yaml does not tell."""
+        settings, counts = self.settings(layer), []
+        for stage in ["fit"] + ["joint"] * ("joint" in settings):
+            of = settings.get(stage, {})
+            steps = of.get("steps") if isinstance(of, dict) else of
+            if not isinstance(of, dict) or not isinstance(steps, (int, type(None))):
+                raise UserError(f"layer_{layer}/{SETTINGS}: {stage} must hold a whole number of steps, got {steps!r}")
+            counts.append(steps)
+        return None if None in counts else sum(filter(None, counts))
 
     def history(self, layer: int) -> dict[str, np.ndarray]:
         """A layer's training history by the columns of `HISTORY_COLUMNS`, one row a step; empty after no steps."""
@@ -247,8 +251,8 @@ class Run:
             ) from error
 
     def continued(self, recipe: Recipe) -> Recipe:
-        """The recipe to go on with, or begin: it leaves an open `bos` to the run. UserError, naming the settings that
-        differ, if the run was begun with a recipe of other results."""
+        """The recipe to go on with, or begin: it leaves `bos` and `finish_steps`, where open, to the run. UserError,
+        naming the settings that differ, if the run was begun with a recipe of other results."""
         layers, checkpoints = [*self.folder.glob("layer_*")], [*self.folder.glob(f"{CHECKPOINTS}/step_*")]
         if not recipe.resume and self.is_finished and not recipe.overwrite:
             raise UserError(
@@ -258,8 +262,9 @@ class Run:
         if not recipe.resume or not (layers or checkpoints) or self._file(RECIPE) is None:
             return recipe
         before = self.recipe.to_dict()
-        if recipe.bos == "auto":
-            recipe = dataclasses.replace(recipe, bos=before["bos"])
+        names = ["bos"] + ["finish_steps"] * (recipe.finish == before["finish"])
+        left = {name: before[name] for name in names if getattr(recipe, name) in ("auto", None)}
+        recipe = dataclasses.replace(recipe, **left)
         now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
         differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
         if differing:
@@ -299,7 +304,7 @@ class Run:
     def is_finished(self) -> bool:
         """Whether it holds a set whose every layer was fitted for all the steps of its recipe."""
         try:
-            return {self.fitted_steps(layer) for layer in self.layers} == {self.recipe.max_steps}
+            return {self.fitted_steps(layer) for layer in self.layers} == {self.recipe.all_steps}
         except UserError:
             return False
 
@@ -337,17 +342,19 @@ class Run:
         self.forget()
 
     def write_layers(
-        self, transcoders: Sequence[BilinearTC], histories: Sequence[History], recipe: Recipe, facts: dict[str, Any]
+        self,
+        transcoders: Sequence[BilinearTC],
+        histories: Sequence[History],
+        settings: Sequence[dict[str, Any]],
+        step: int,
     ) -> None:
-        """Writes the layers' folders, each process those of its own, and notes when all are written; an evaluation of
-        what they held is deleted. `facts` are what the fit measured of itself, its `steps` among them.
-        StorageError if a file cannot be written, as on a full disk; each file in the run is whole.
-        """
+        """Writes the layers' folders as they are after a step, each process those of its own, and notes when all are
+        written; an evaluation of what they held is deleted. StorageError if a file cannot be written, as on a full
+        disk; each file in the run is whole."""
         try:
             on_main(lambda: delete_files(self.folder / void for void in (EVALUATION, EXPORTED, EXPORTED_BEFORE)))
-            settings = [layer_settings(transcoder.config, recipe, facts) for transcoder in transcoders]
             on_all(lambda: list(map(self.write_layer, transcoders, histories, settings)))
-            on_main(lambda: self.note_export(facts["steps"]))
+            on_main(lambda: self.note_export(step))
         except WRITE_ERRORS as error:
             reason = one_line(error.__cause__ or error)
             raise StorageError(
@@ -378,18 +385,6 @@ class Run:
     def forget(self) -> None:
         """What was read may have been overwritten."""
         self.__dict__ = vars(Run(self.where, self.revision))
-
-
-def layer_settings(config: BilinearTCConfig, recipe: Recipe, facts: dict[str, Any]) -> dict[str, Any]:
-    """config.yaml of a fitted layer."""
-    belongs = ("base_model", "base_revision", "mlp_path", "n_inputs", "n_hidden", "n_outputs")
-    left_out = {*FREE_SETTINGS, "base", "base_revision", "layers", "mlp_path"}
-    return {
-        "layer": config.layer_index,
-        **{name: getattr(config, name) for name in belongs},
-        **{name: value for name, value in recipe.to_dict().items() if name not in left_out},
-        "fit": facts,
-    }
 
 
 def save_weights(transcoder: BilinearTC, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,15 +46,20 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
             facts = {"kept": "start" if fvu_start < fvu_end else "end", "fvu_start": fvu_start, "fvu_end": fvu_end}
             if settings["fit"].get("kept") == "start":  # measured anew: its end is not there any more
                 facts = {"kept": "start", "fvu_start": fvu_start}
-            with written_whole(run.layer_folder(layer)) as scratch:
-                if fvu_start < fvu_end:
-                    for name in (CONFIG, WEIGHTS):
-                        shutil.copyfile(start.layer_folder(layer) / name, scratch / name)
-                write_yaml(settings | {"fit": settings["fit"] | facts}, scratch / SETTINGS)
+            settings["fit"] |= facts
+            put_back(run, layer, settings, of_start=fvu_start < fvu_end)
         run.forget()
         run.note_export(recipe.max_steps)
 
     on_main(keep)
+
+
+def put_back(run: Run, layer: int, settings: dict[str, Any], *, of_start: bool) -> None:
+    """Writes what a layer's config.yaml holds now, and the layer itself as its stage began with it, if that is kept."""
+    with written_whole(run.layer_folder(layer)) as scratch:
+        for name in (CONFIG, WEIGHTS) if of_start else ():
+            shutil.copyfile(start_of(run).layer_folder(layer) / name, scratch / name)
+        write_yaml(settings, scratch / SETTINGS)
 
 
 @torch.no_grad()

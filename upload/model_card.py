@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from bilinear_tc.modeling_bilinear_tc import STATISTICS
 from bilinear_tc.train import run as files
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.files import written_whole
+from bilinear_tc.train.finish import COLUMNS, finish_remarks
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload import tables
@@ -46,6 +47,7 @@ def write_model_card(
     run: Run,
     *,
     repo_id: str | None = None,
+    revision: str | None = None,
     author: str | None = None,
     base_card: BaseCard | None = None,
     license: str | None = None,
@@ -59,12 +61,13 @@ def write_model_card(
     Args:
         run: the folder, whose names are those to publish; the card shows its figures and links to its files.
         repo_id: where it will be published; without it the snippets load from the current folder.
+        revision: the branch that it will be published to, unless that is the main one.
         author: the name in the citation; by default the owner in `repo_id`.
         base_card: what the base says of itself.
         license: of the weights; by default the base's, if they are made of its own and it names one.
         cast_to: the weights' dtype, if it is another than the one that they were measured in.
     """
-    context = card_context(run, repo_id=repo_id, author=author) | {"cast_to": cast_to}
+    context = card_context(run, repo_id=repo_id, author=author) | {"cast_to": cast_to, "revision": revision}
     context |= licensing(context["settings"]["init"], license, (base_card or BaseCard()).license)
     context["architecture"] = base_card and base_card.model_type
     environment = jinja2.Environment(
@@ -157,6 +160,7 @@ def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[s
     settings = defaultdict(lambda: None, run.recipe_settings | run.settings(example))  # None: not recorded
     base = described_base(config.base_model or settings["base"]) | {"revision": config.base_revision}
     fitted_on = described_text(settings["dataset"])
+    joint = settings["joint"] or {}
     longest = max(len(run.history(layer)["step"]) for layer in layers)
     figures = [figure for figure in described_figures(run) if (repository / FIGURES / figure["name"]).is_file()]
     return {
@@ -177,7 +181,12 @@ def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[s
         "settled_steps": min(files.SETTLED_STEPS, longest),
         "settings": settings,
         "fit": defaultdict(lambda: None, settings.get("fit") or {}),
-        "kept_starts": [layer for layer in layers if (run.settings(layer).get("fit") or {}).get("kept") == "start"],
+        "kept_starts": []
+        if joint
+        else [n for n in layers if (run.settings(n).get("fit") or {}).get("kept") == "start"],
+        "joint": defaultdict(lambda: None, joint),
+        "before_and_after": before_and_after(joint) if "before" in joint else None,
+        "joint_remarks": finish_remarks(joint) if "before" in joint else [],
         "tables": tables,
         "figures": figures,
         "pages": {n: f"{PAGES}/{page_name(n)}" for n in layers if (repository / PAGES / page_name(n)).is_file()},
@@ -191,6 +200,15 @@ def card_context(run: Run, *, repo_id: str | None, author: str | None) -> dict[s
         "files": files,
         "figures_folder": FIGURES,
     }
+
+
+def before_and_after(joint: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the table of a set before and after its joint finish."""
+    cells = [
+        [name, *(format(joint[name][score], form) for score, (_, form) in COLUMNS.items())]
+        for name in ("before", "after")
+    ]
+    return [["joint finish", *(heading for heading, _ in COLUMNS.values())], *cells]
 
 
 def repository_tree(repository: Path, layers: Sequence[int]) -> Iterator[str]:

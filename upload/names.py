@@ -49,7 +49,7 @@ def renamed(content: dict[str, Any], base: str | None) -> dict[str, Any]:
     if dataset := words.get("dataset"):
         names["dataset"] = text_name(dataset)
     names |= {key: split_name(words[key], dataset) for key in ("split", "eval_split") if key in words}
-    return {key: names.get(key, value) for key, value in content.items() if key != "output_dir"}
+    return {key: names.get(key, value) for key, value in content.items() if key not in ("output_dir", "from_run")}
 
 
 def text_name(dataset: str) -> str:

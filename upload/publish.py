@@ -125,6 +125,7 @@ def publish(run: Run, settings: Publication) -> State | None:
         run,
         run.folder / FOLDER,
         repo_id=settings.repo_id,
+        revision=None if settings.revision == "main" else settings.revision,
         author=settings.author,
         base_model=settings.base_model,
         base_card=read_base_card(run, settings.base_model, offline=offline),

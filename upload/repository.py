@@ -35,7 +35,6 @@ from bilinear_tc.train.run import (
     Run,
     save_weights,
 )
-from bilinear_tc.upload.base_card import BaseCard
 from bilinear_tc.upload.figures import COMPARISON, DERIVATIVES, FIGURES, curves_name, draw_figures
 from bilinear_tc.upload.model_card import write_model_card
 from bilinear_tc.upload.names import published_base, renamed
@@ -147,9 +146,9 @@ def recipe_problems(run: Run, allow_partial: bool, offline: bool) -> Iterator[st
     for layer in sorted(set(wanted) & set(layers)):
         with suppress(UserError):  # named among the layer's own problems
             steps = run.fitted_steps(layer)
-            if steps is not None and steps < recipe.max_steps:
+            if steps is not None and steps < (recipe.all_steps or 0):
                 yield (
-                    f"layer_{layer} was fitted for {steps} of {recipe.max_steps} steps: let the fit end, "
+                    f"layer_{layer} was fitted for {steps} of {recipe.all_steps} steps: let the fit end, "
                     "or publish it as it is with --allow_partial"
                 )
 
@@ -257,27 +256,24 @@ def build_repository(
     run: Run,
     folder: Path,
     *,
-    repo_id: str | None = None,
-    author: str | None = None,
     base_model: str | None = None,
-    base_card: BaseCard | None = None,
-    license: str | None = None,
     card: str | None = None,
     save_dtype: str | None = None,
     with_pt: bool = False,
     read: SetReading | None = None,
+    **said: Any,
 ) -> Path:
     """Builds the repository folder anew, whole or not at all, and returns it.
 
     Args:
         run: the run, checked.
         folder: the repository folder; replaced if it exists.
-        repo_id, author, license, base_card: for the card.
         base_model: the Hub id of a base that lay in a folder.
         card: somebody's own, in place of one from the measured numbers.
         save_dtype: dtype of the published weights (the statistics stay float32); by default the run's.
         with_pt: add each layer's checkpoint in the earlier `.pt` layout.
         read: add a page for each layer that was read.
+        said: for the card, what `write_model_card` takes beside the folder and `cast_to`.
 
     Raises:
         UserError: weights do not fit `save_dtype`, readers do not have the base, or the folder cannot be written.
@@ -303,7 +299,6 @@ def build_repository(
             write_pages(read, scratch / PAGES, base, run.recipe, run.evaluation)
         readme = scratch / REPOCARD_NAME
         if card is None:
-            said: dict[str, Any] = {"repo_id": repo_id, "author": author, "license": license, "base_card": base_card}
             write_model_card(repository, **said, cast_to=save_dtype if any(casts) else None)
             text = stamped(readme.read_text(encoding="utf-8"), "generated")
         else:

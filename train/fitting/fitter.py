@@ -48,6 +48,7 @@ class Fitter:
     Attributes:
         held: the layers that this process holds, counted from 0 among all.
         written: those whose files it writes.
+        shown: scores of the last step, beside those that `step` returns, by name.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Fitter:
         self.recipe, self.base, self.device, self.timer = recipe, base, device, timer
         self.shard = shard or Shard(len(base.layers))
         self.held, self.written = self.shard.own, Shard(len(base.layers), shared_out=True).own
+        self.shown: dict[str, float] = {}
         dtype = recipe.compute_dtype(device)
         compiled = device.type == "cuda" if recipe.compile is None else recipe.compile
         torch.manual_seed(recipe.seed)
@@ -131,13 +133,17 @@ class Fitter:
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
             scores = self.shard.gather(torch.stack([mse, fvu], 1))
             mse, fvu = scores.cpu().unbind(1)  # before the update, so that the next pass is queued while it runs
+        self.update(number)
+        return mse, fvu, rows
+
+    def update(self, number: int) -> None:
+        """Steps along the gradients, after `number` steps before."""
         with self.timer("optimizer"), self.shard.alone():
             multiplier = schedule(self.recipe.lr_schedule, number, self.recipe.max_steps)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * multiplier
                 optimizer.step()
-        return mse, fvu, rows
 
     def layer_state(self, layer: int) -> dict[str, Any]:
         """What one of this process's layers, counted from 0 among all, goes on from; copies."""
@@ -286,6 +292,11 @@ def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torc
         most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
     else:
         most = CPU_BASE_ROWS // recipe.seq_len
+    return even_part(share, most)
+
+
+def even_part(share: int, most: int) -> int:
+    """The size of the fewest equal parts of a share, none above `most`, if that is at least 1."""
     parts = -(-share // max(1, min(share, most)))
     return -(-share // parts)  # a remainder of another size would be compiled, and add up, apart
 
@@ -294,6 +305,8 @@ def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
     """Which layers are this process's own, as `shard` asks. UserError if it asks to share out fewer than there are
     processes."""
     layers, processes = len(base.layers), process_count()
+    if recipe.finish == "joint":  # all are in the base at once
+        return Shard(layers)
     if recipe.shard == "layers" and processes > layers:
         raise UserError(
             f"--shard layers gives each process layers of its own: expected at most {layers} processes for {layers} "

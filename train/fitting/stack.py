@@ -78,6 +78,8 @@ class Stack:
         micro_rows: int,
         tangents: Tangents | None = None,
         jvp: float = 0.0,
+        weight: float = 1.0,
+        onto: bool = False,
     ) -> Tensor:
         """Sets the gradients of the mean squared error, z-scored and weighted, over the rows of all processes.
 
@@ -88,13 +90,16 @@ class Stack:
             micro_rows: rows worked on at once.
             tangents: the directions of this batch, if the loss has a part for the derivative along them.
             jvp: the weight of that part.
+            weight: of the whole error.
+            onto: adds to what this process's gradients are already, such as another loss's; not in float16.
 
         Returns:
             [layers] float64 Σ w ‖z − ẑ‖² over all processes' rows, as the gradients are.
         """
-        self._gradients.zero_()
+        if not onto:
+            self._gradients.zero_()
         errors = torch.zeros(len(self.transcoders), dtype=torch.float64, device=self.device)
-        scale = 1 / (rows * outputs.mean.shape[-1])
+        scale = weight / (rows * outputs.mean.shape[-1])
         # float16 would lose gradients of the mean, which shrink with the batch: its are of the sum, divided in float32
         factor = FLOAT16_SCALE if self.dtype == torch.float16 else scale
         on_device = torch.full((), factor, device=self.device)  # as a number it would be compiled anew for other rows

@@ -35,11 +35,12 @@ class Replacement:
     Args:
         base: the base, with all its layers.
         transcoders: the layers' models, on the base's device.
+        alone: whether to replace each layer alone too.
     """
 
-    def __init__(self, base: Base, transcoders: Sequence[BilinearTC]) -> None:
+    def __init__(self, base: Base, transcoders: Sequence[BilinearTC], *, alone: bool = True) -> None:
         self.base, self.device = base, base.model.device
-        self.groups = [*([transcoder] for transcoder in transcoders), list(transcoders)]
+        self.groups = [*([transcoder] for transcoder in transcoders if alone), list(transcoders)]
         self.passes = Reentry(base)
         self._exact: bool | None = None  # whether it can be entered at each block; found out on the first few tokens
         # by sequence: summed cross-entropy, KL and agreement of the base, of each group replaced and of each averaged;

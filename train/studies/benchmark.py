@@ -17,19 +17,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import cycle, repeat
 from statistics import fmean, median
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base, base_location
 from bilinear_tc.train.errors import command_line
 from bilinear_tc.train.fitting.fitter import CARD_BETAS, Fitter, make_transcoders
+from bilinear_tc.train.fitting.joint import JointFitter
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.text.batches import TokenBatch
@@ -38,7 +39,12 @@ from bilinear_tc.train.text.source import SharedBatches, open_batches
 PHASES = ("data", "base", "statistics", "transcoders", "optimizer")
 # Attention's products on the CPU, which torch counts for GPUs alone.
 UNCOUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **_options: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **_options: sdpa_flop_count(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **_options: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
 }
 
 
@@ -190,6 +196,19 @@ def derivative_cost(recipe: Recipe, base: Base, batches: Sequence[TokenBatch], d
     return median(a / b for a, b in turns)
 
 
+def joint_step(fitter: Fitter, batches: Sequence[TokenBatch], seconds: float, flops: float) -> str:
+    """A line on a step of the joint finish, beside one of the fit that takes so long and so many operations."""
+    fitter.stack.set_statistics()
+    recipe = dataclasses.replace(fitter.recipe, finish="joint", finish_steps=fitter.recipe.max_steps)
+    joint = JointFitter(recipe, fitter.stack.transcoders, fitter.base, fitter.device)
+    own_seconds = time_steps(joint, cycle(batches), len(batches))
+    own = sum(count_flops(joint, batches[0]).values())
+    return (
+        f"a step of the joint finish: {own_seconds:.3f} s, {own_seconds / seconds:.2f} times the fit's; "
+        f"{own / 1e9:.1f} GFLOP, {own / flops:.2f} times; {own / own_seconds / 1e12:.3f} TFLOP/s"
+    )
+
+
 def smaller_fits(recipe: Recipe, base: Base, batch: TokenBatch, device: torch.device) -> Iterator[str]:
     """A line for each of three numbers of tokens, then of three numbers of layers, down to which the base is cut."""
     sizes = [(len(base.layers), share) for share in (4, 2, 1)]
@@ -242,6 +261,8 @@ def main() -> None:
         f"the full recipe, {recipe.max_steps} steps: {minutes:.1f} minutes for all layers, start and checkpoints apart"
     )
 
+    print(joint_step(fitter, batches, seconds, sum(flops.values())))
+    print(f"peak memory: {peak_memory(device) / 2**30:.2f} GiB")
     cost = derivative_cost(recipe, base, batches, device)
     print(f"a step with --jvp costs {cost:.2f} times one without")
 
