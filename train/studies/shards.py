@@ -3,7 +3,8 @@
     accelerate launch --cpu --num_processes 4 train/studies/shards.py
 
 The base is a GPT-NeoX with random weights, the text random tokens. Both ways run in turns: the ratio of their times
-means something on a busy machine too.
+means something on a busy machine too. With glibc, MALLOC_MMAP_THRESHOLD_=262144 gives freed memory back at once, so
+that what a process has grown by is what it holds.
 """
 
 from __future__ import annotations
