@@ -143,7 +143,7 @@ class Base:
             layers: the layers to look into; default: all.
             seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
             mlp_path: where its MLPs are, as in the recipe; default: looked for.
-            device, dtype: where its weights go, and as what.
+            device, dtype: where its weights go, and as what. On the meta device it has shapes alone, and no tokenizer.
         """
         location = base_location(name)
         if Path(location, "adapter_config.json").is_file():
@@ -162,6 +162,10 @@ class Base:
                 "--seq_len"
             )
         with one_sentence(name):
+            if torch.device(device).type == "meta":
+                with torch.device(device):
+                    kind: dict[str, Any] = {DTYPE_ARGUMENT: dtype, "trust_remote_code": trust_remote_code}
+                    return cls(AutoModelForCausalLM.from_config(config, **kind), None, layers, mlp_path)  # type: ignore
             place_and_type = {**place, DTYPE_ARGUMENT: dtype, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, **place_and_type)
             model, told = loaded

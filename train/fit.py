@@ -27,6 +27,7 @@ from bilinear_tc.train.fitting.fitter import Fitter, Progress
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
 from bilinear_tc.train.overwriting import READY, take_over, workplace
+from bilinear_tc.train.plan import Device, Plan
 from bilinear_tc.train.processes import (
     StopRequest,
     is_main,
@@ -35,7 +36,7 @@ from bilinear_tc.train.processes import (
     start_accelerator,
     sum_over_processes,
 )
-from bilinear_tc.train.recipe import Recipe, parse_recipe
+from bilinear_tc.train.recipe import Recipe, parse_command
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
@@ -251,7 +252,11 @@ def print_result(run: Run, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    fit(parse_recipe())
+    recipe, device = parse_command()
+    if device is None:
+        fit(recipe)
+    else:
+        print(*Plan(recipe, Device.parse(device)).lines(), sep="\n")
 
 
 if __name__ == "__main__":

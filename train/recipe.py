@@ -270,7 +270,13 @@ def parse_settings(kind: type[T]) -> T:
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
-    """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file.
+    """The recipe of a command line, as `parse_command` reads it."""
+    return parse_command(arguments)[0]
+
+
+def parse_command(arguments: list[str] | None = None) -> tuple[Recipe, str | None]:
+    """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file. Beside it
+    what `--plan` says: None if it is not there, "" if it names no device.
 
     Exits with a usage message on an unknown flag; UserError on an impossible value.
     """
@@ -284,11 +290,19 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
         help=f"A recipe by name or YAML file. Defaults to {DEFAULT_RECIPE}; here are "
         + ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml"))),
     )
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="DEVICE",
+        help="Do not fit: say what the fit would need, on the device at hand or on GPUs such as 80GB or 8x80GB.",
+    )
     name = parser.parse_known_args(arguments)[0].recipe
     path = recipe_file(name)
     parser.set_defaults(**read_settings(path))
     values = vars(parser.parse_args(arguments))
+    plan = values.pop("plan")
     del values["recipe"]
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{path.stem}"
-    return Recipe(**values)
+    return Recipe(**values), plan
