@@ -158,9 +158,7 @@ class Plan:
             mean, std, _, output_std = self.z_scores
             changes = mlp.derivative(x, directions * std).float() / output_std
             x = (x.float() - mean) / std
-            for part in zip(
-                *(of.split(self.micro_rows) for of in (x, directions, changes, numbers(rows))), strict=True
-            ):
+            for part in zip(*(of.split(self.micro_rows) for t in (x, directions, changes, numbers(rows))), strict=True):
                 run(parameters, *part, numbers(), self.dtype)
 
         return Cost.of(work)
