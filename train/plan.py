@@ -25,7 +25,7 @@ from bilinear_tc.train.checkpoint import KEPT
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.closed_form import MICRO_ROWS, ActivationFit, set_units, unit_derivatives, units
 from bilinear_tc.train.fitting.fitter import CPU_ROWS, choose_micro_batch_size, make_transcoders
-from bilinear_tc.train.fitting.gradients import error_and_gradients
+from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
 from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.mlp_weights import MLPWeights, roles_of
 from bilinear_tc.train.fitting.muon import newton_schulz
@@ -146,19 +146,16 @@ class Plan:
         """The same of the derivative's error, over a share of all rows."""
         if not self.recipe.jvp or self.mlp is None:
             return Cost(0, 0, 0)
-        rows, parameters, mlp = (
-            -(-self.rows // SHARE),
-            dict(self.transcoder.named_parameters()),
-            self.mlp.to(self.dtype),
-        )
+        rows, mlp = -(-self.rows // SHARE), self.mlp.to(self.dtype)
+        parameters, run = dict(self.transcoder.named_parameters()), cast(Any, tangent_error_and_gradients)
 
         def work() -> None:
             directions = numbers(-(-self.batch_rows // SHARE), self.base.n_inputs)[:rows]
             x, *_ = self.rows_of(rows)
             mean, std, _, output_std = self.z_scores
             changes = mlp.derivative(x, directions * std).float() / output_std
-            x = (x.float() - mean) / std
-            for part in zip(*(of.split(self.micro_rows) for t in (x, directions, changes, numbers(rows))), strict=True):
+            of_rows = ((x.float() - mean) / std, directions, changes, numbers(rows))
+            for part in zip(*(tensor.split(self.micro_rows) for tensor in of_rows), strict=True):
                 run(parameters, *part, numbers(), self.dtype)
 
         return Cost.of(work)
