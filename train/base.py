@@ -37,6 +37,8 @@ from bilinear_tc.train.mlps import (
 )
 from bilinear_tc.train.recipe import Recipe
 
+Visit = Callable[[int, Tensor, Tensor], None]  # of a layer, its MLP's input and its output
+
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 # transformers 4.56 renamed the argument, and 5 warns of the old name
 DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
@@ -82,6 +84,7 @@ class Base:
         n_inputs, n_outputs: width of the MLPs' inputs and outputs.
         widest_map: the widest side of any of their linear maps.
         commit: the commit of the Hub repository that `load` took it from; None if it was a folder.
+        replay: what tells of recorded activations in place of a pass, if they are recorded.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Base:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.commit: str | None = None
+        self.replay: Callable[[Tensor, Visit], None] | None = None
         self.tokenizer = tokenizer
         found = find_mlps(model) if mlp_path is None else named_mlps(model, mlp_path)
         calls = short_pass(model)
@@ -250,11 +254,15 @@ class Base:
         """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, as by `run`."""
         captured: dict[int, tuple[Tensor, Tensor]] = {}
         # copies, since some decoders (Falcon) add to an MLP's output in place
-        self.run(input_ids, lambda layer, x, y: captured.update({layer: (x.clone(), y.clone())}))
+        self.forward_pass(input_ids, lambda layer, x, y: captured.update({layer: (x.clone(), y.clone())}))
         return captured
 
+    def run(self, input_ids: Tensor, visit: Visit) -> None:
+        """What `forward_pass` does, or `replay` in its place if that is set."""
+        (self.replay or self.forward_pass)(input_ids, visit)
+
     @torch.no_grad()
-    def run(self, input_ids: Tensor, visit: Callable[[int, Tensor, Tensor], None]) -> None:
+    def forward_pass(self, input_ids: Tensor, visit: Visit) -> None:
         """One forward pass without the LM head, which tells what flows through the MLPs of the layers asked for.
 
         Padding on the right needs no attention mask: causal attention lets no earlier position see it.

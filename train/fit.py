@@ -37,6 +37,7 @@ from bilinear_tc.train.processes import (
     sum_over_processes,
 )
 from bilinear_tc.train.recipe import Recipe, parse_command
+from bilinear_tc.train.recording import Recording
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.start import keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
@@ -65,6 +66,9 @@ def fit(recipe: Recipe) -> None:
             recipe = dataclasses.replace(recipe, bos=settled_bos(recipe, base.tokenizer))  # as the run tells
             recipe.n_hidden(base.n_inputs)
             base.stop_after_last_layer()
+            if recipe.activations is not None:
+                (recording := Recording(recipe, base)).check()
+                base.replay = recording.replay
             on_main(lambda: place.begin(recipe))
             accelerator.project_configuration.logging_dir = str(place.folder / CHECKPOINTS / LOGS)
             fit_layers(place, recipe, base, accelerator)

@@ -26,9 +26,10 @@ DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
-    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
+    *("output_dir", "activations", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
     *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
 }
+PASSING = {"overwrite", "activations"}  # settings that a run does not record
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -65,6 +66,9 @@ class Recipe:
     )
     eval_tokens: int = option(65536, "Held-out tokens to measure on.")
     layers: str | None = option(None, "Layers to fit, such as 0-5,9. Default: all.")
+    activations: str | None = option(
+        None, "Read MLP inputs and outputs from this folder, as train/cache.py writes them, and not from the base."
+    )
     output_dir: str | None = option(None, "The run's folder. Default: runs/RECIPE.")
     seq_len: int = option(128, "Tokens a sequence.")
     batch_size: int = option(512, "Sequences a step, over all processes.")
@@ -144,7 +148,7 @@ class Recipe:
                 setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
-        for name in ("base", "dataset", "eval_split", "output_dir"):
+        for name in ("base", "dataset", "eval_split", "output_dir", "activations"):
             if getattr(self, name) is not None:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
