@@ -30,7 +30,7 @@ def write(tiny_fit: TinyFit, folder: Path, *more: object, processes: int = 1, sa
     arguments = tiny_fit.flags(Path("unused"), "--activations", folder, *more)
     if processes > 1:
         started = tiny_fit.server.start_processes(processes, cache.main, arguments, sabotage=sabotage)
-        return [process.wait() for process in started][0]
+        return max((process.wait() for process in started), key=lambda finished: finished.returncode)
     return tiny_fit.server.start(cache.main, arguments, sabotage=sabotage).wait()
 
 

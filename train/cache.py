@@ -47,8 +47,9 @@ def cache(recipe: Recipe) -> None:
         on_main(recording.begin)
         for text, count in recording.needed.items():
             at_once = chosen if text == FIT else MICRO_BATCH_SIZE  # as the fit has it, to the last bit
-            opened, size = (open_batches, ()) if text == FIT else (open_held_out, (recipe.batch_size,))
-            with opened(recipe, base.tokenizer, device, *size, base.vocabulary) as batches:
+            where = (recipe, base.tokenizer, device)
+            opened = open_batches(*where) if text == FIT else open_held_out(*where, recipe.batch_size)
+            with opened as batches:
                 shown = tqdm(islice(batches, count), text, total=count, unit="batch", disable=not is_main())
                 for number, batch in enumerate(shown):
                     if not recording.path(text, number).is_file():

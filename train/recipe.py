@@ -26,8 +26,9 @@ DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
-    *("output_dir", "activations", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers"),
-    *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
+    *("output_dir", "activations", "base_device_map", "eval_split", "eval_tokens", "micro_batch_size"),
+    *("tokenizer_workers", "checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows"),
+    "trust_remote_code",
 }
 PASSING = {"overwrite", "activations"}  # settings that a run does not record
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -45,6 +46,15 @@ class Recipe:
     base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
     trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
+    base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "The type of the base's weights. auto: that of products."
+    )
+    base_device_map: Literal["none", "auto"] = option(
+        "none", "auto: Accelerate places a base that one device cannot hold over the GPUs, the CPU and the disk."
+    )
+    base_quantization: Literal["none", "int8", "nf4"] = option(
+        "none", "Pack the base's weights into 8 or 4 bits (bitsandbytes, for GPUs)."
+    )
     mlp_path: str | None = option(
         None,
         "Where the base's MLPs are, with {} for the layer's number: a module, model.layers.{}.mlp, or the two that the "

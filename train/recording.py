@@ -72,7 +72,7 @@ class Recording:
     # Writing
 
     def begin(self) -> None:
-        """Makes ready to write, beside what is there; UserError if that is of something else, or the disk is too small."""
+        """Makes ready to write beside what is there; UserError if that is of something else, or the disk too small."""
         for partial in self.folder.glob(".*.partial"):
             if PARTIAL.fullmatch(partial.name):  # of a process that was killed
                 shutil.rmtree(partial)
@@ -168,7 +168,7 @@ class Recording:
             ids = file.get_slice("input_ids")[:1].long()
         recorded: dict[int, Tensor] = {}
         self.replay(ids, lambda layer, _x, y: recorded.update({layer: y}))
-        for layer, (_, true) in self.base.activations(ids.to(self.base.model.device)).items():
+        for layer, (_, true) in self.base.activations(ids.to(self.base.device)).items():
             there = recorded[layer].float()
             if not (true.float() - there).norm() <= SAME * there.norm():
                 raise UserError(

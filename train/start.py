@@ -57,7 +57,7 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, device: torch.device) 
 @torch.no_grad()
 def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base) -> Tensor:
     """FVU [sets, layers] of several sets of the same layers on the recipe's held-out text, in one pass of the base."""
-    device = base.model.device
+    device = base.device
     activations = Activations(base, recipe.batch_size * recipe.seq_len, device=device, dtype=base.model.dtype)
     shape = (len(base.layers), base.n_outputs)
     errors = torch.zeros(len(sets), *shape, dtype=torch.float64, device=device)

@@ -24,7 +24,7 @@ class Tangents:
     """
 
     def __init__(self, base: Base, seed: int, dtype: torch.dtype) -> None:
-        self.base, self.seed, self.dtype, self.device = base, seed, dtype, base.model.device
+        self.base, self.seed, self.dtype, self.device = base, seed, dtype, base.device
         self.mlps: list[MLPWeights] = []
 
     def begin(self, step: int, activations: Activations) -> None:

@@ -58,7 +58,7 @@ def measure_held_out(
             f"split {held_out.eval_split!r} of {held_out.dataset} is what the set was fitted on: expected held-out "
             "text; name another with --split or --dataset"
         )
-    device = base.model.device
+    device = base.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype)
     solved_on = -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))  # fewer would flatter what is compared
