@@ -93,10 +93,11 @@ def test_a_cache_that_was_cut_short_goes_on(tiny_fit, written, held_out, tmp_pat
 
 def test_processes_write_their_shares(tiny_fit, held_out, tmp_path):
     """A fit in one process reads what two have written."""
-    finished = write(tiny_fit, tmp_path / "two", *held_out, processes=2)
+    unmeasured = (*held_out, "--eval_split", "none")
+    finished = write(tiny_fit, tmp_path / "two", *unmeasured, processes=2)
     assert finished.returncode == 0, finished.stderr
     assert len([*(tmp_path / "two").glob("fit-000000-*of2.safetensors")]) == 2
-    finished = tiny_fit.run(tmp_path / "run", *held_out, "--activations", tmp_path / "two")
+    finished = tiny_fit.run(tmp_path / "run", *unmeasured, "--activations", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr
 
 

@@ -54,13 +54,14 @@ class Recording:
 
     @property
     def needed(self) -> dict[str, int]:
-        """Batches of each text that the recipe's fit reads."""
+        """Batches of each text that the recipe's fit reads; texts that it does not read are not among them."""
         recipe, step = self.recipe, self.recipe.batch_size * self.recipe.seq_len
         measured = recipe.eval_split is not None
         start = -(-recipe.init_tokens // step)  # the closed form's, and the affine maps' that a measured set is held to
         steps = recipe.max_steps + start * (recipe.init == "mlp")
         held_out = -(-recipe.eval_tokens // step) if measured else 0
-        return {FIT: max(steps, start * measured), HELD_OUT: held_out}
+        counts = {FIT: max(steps, start * measured), HELD_OUT: held_out}
+        return {text: count for text, count in counts.items() if count}
 
     @property
     def bytes_needed(self) -> int:
@@ -86,10 +87,11 @@ class Recording:
                 "another --activations, fewer --layers or fewer --max_steps"
             )
         if not (self.folder / MANIFEST).is_file():
-            self.note({FIT: 0, HELD_OUT: 0})
+            self.note({})
 
     def note(self, batches: dict[str, int]) -> None:
         """Writes down what there is: so many batches of each text, which a held-out text may end before."""
+        batches = {FIT: 0, HELD_OUT: 0} | batches
         made_from = {"made_from": self.made_from, "sha256": digest_of(self.made_from)}
         if (self.folder / MANIFEST).is_file():
             before = self.check_manifest(exactly=True)
