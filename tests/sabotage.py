@@ -54,3 +54,23 @@ def make_a_mistake() -> None:
         {}["no such key"]
 
     Fitter.step = step  # type: ignore[method-assign]
+
+
+def count_passes() -> None:
+    """Every pass of a base, but for the short one that finds its MLPs, prints a line."""
+    from bilinear_tc.train.base import Base
+
+    forward_pass = Base.forward_pass
+
+    def counted(self, *arguments):
+        print("a pass of the base")
+        return forward_pass(self, *arguments)
+
+    Base.forward_pass = counted
+
+
+def small_disk() -> None:
+    """As if the disk had next to no room."""
+    import shutil
+
+    shutil.disk_usage = lambda _path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 from torch import Tensor, nn
@@ -16,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +30,7 @@ from bilinear_tc.modeling_bilinear_tc import Norm, Site, StandIn, read_norm
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.mlps import (
     entered_from,
+    entry_device,
     find_mlps,
     linear_maps,
     map_of,
@@ -36,6 +42,8 @@ from bilinear_tc.train.mlps import (
     without_residual,
 )
 from bilinear_tc.train.recipe import Recipe
+
+Visit = Callable[[int, Tensor, Tensor], None]  # of a layer, its MLP's input and its output
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 # transformers 4.56 renamed the argument, and 5 warns of the old name
@@ -81,7 +89,9 @@ class Base:
         layers: the layer indices asked for, ascending.
         n_inputs, n_outputs: width of the MLPs' inputs and outputs.
         widest_map: the widest side of any of their linear maps.
+        device: where what it computes is handed over, wherever its own parts are.
         commit: the commit of the Hub repository that `load` took it from; None if it was a folder.
+        replay: what tells of recorded activations in place of a pass, if they are recorded.
     """
 
     def __init__(
@@ -92,7 +102,10 @@ class Base:
         mlp_path: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.device = entry_device(model)
         self.commit: str | None = None
+        self.disk: TemporaryDirectory[str] | None = None  # of what is put there, which goes when the base does
+        self.replay: Callable[[Tensor, Visit], None] | None = None
         self.tokenizer = tokenizer
         found = find_mlps(model) if mlp_path is None else named_mlps(model, mlp_path)
         calls = short_pass(model)
@@ -131,6 +144,8 @@ class Base:
         mlp_path: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        device_map: str | dict[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> Base:
         """Loads a base by Hub id or folder.
 
@@ -143,7 +158,10 @@ class Base:
             layers: the layers to look into; default: all.
             seq_len: tokens of the longest sequence that it will be given, if that is to be checked.
             mlp_path: where its MLPs are, as in the recipe; default: looked for.
-            device, dtype: where its weights go, and as what.
+            device, dtype: where its weights go, and as what. On the meta device it has shapes alone, and no tokenizer.
+            device_map: "auto", or what Accelerate takes: its parts' places, among them the CPU and the disk; what it
+                computes is handed over on `device`.
+            quantization: "int8" or "nf4", for weights that bitsandbytes packs; default: as `dtype`.
         """
         location = base_location(name)
         if Path(location, "adapter_config.json").is_file():
@@ -151,6 +169,7 @@ class Base:
                 f"the base {name!r} is a PEFT adapter: expected a whole model; merge it first (merge_and_unload) and "
                 "save that"
             )
+        config_of_packing = None if quantization is None else packed(quantization, dtype)
         place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with one_sentence(name):
             config = AutoConfig.from_pretrained(location, **place)
@@ -162,13 +181,26 @@ class Base:
                 "--seq_len"
             )
         with one_sentence(name):
+            if torch.device(device).type == "meta":
+                with torch.device(device):
+                    kind: dict[str, Any] = {DTYPE_ARGUMENT: dtype, "trust_remote_code": trust_remote_code}
+                    return cls(AutoModelForCausalLM.from_config(config, **kind), None, layers, mlp_path)  # type: ignore
             place_and_type = {**place, DTYPE_ARGUMENT: dtype, "output_loading_info": True}
+            if config_of_packing is not None:
+                place_and_type["quantization_config"] = config_of_packing
+                device_map = device_map or {"": torch.device(device)}
+            if device_map is not None:
+                disk = TemporaryDirectory(prefix="bilinear-tc-")
+                place_and_type |= {"device_map": device_map, "offload_folder": disk.name}
             loaded: Any = AutoModelForCausalLM.from_pretrained(location, **place_and_type)
             model, told = loaded
             if missing := sorted(map(str, told["missing_keys"])):
                 raise ValueError(f"weights that lack {', '.join(missing[:3])}, which would be random numbers")
             tokenizer = AutoTokenizer.from_pretrained(location, **place)
-        base = cls(model.to(device), tokenizer, layers, mlp_path)
+        base = cls(model if device_map else model.to(device), tokenizer, layers, mlp_path)
+        base.device = torch.device(device)
+        if device_map is not None:
+            base.disk = disk
         base.commit = cached_commit(location, revision)
         return base
 
@@ -183,7 +215,9 @@ class Base:
             seq_len=recipe.seq_len,
             mlp_path=recipe.mlp_path,
             device=device,
-            dtype=recipe.compute_dtype(device),
+            dtype=recipe.compute_dtype(device) if recipe.base_dtype == "auto" else getattr(torch, recipe.base_dtype),
+            device_map=None if recipe.base_device_map == "none" else recipe.base_device_map,
+            quantization=None if recipe.base_quantization == "none" else recipe.base_quantization,
         )
 
     @property
@@ -197,9 +231,16 @@ class Base:
 
     def norm(self, layer: int) -> Norm | None:
         """What the norm does that a layer's MLP input leaves; None if it leaves none, or one that drops a feature."""
-        found = (norm for module in self._before[layer] if (norm := read_norm(module, self.n_inputs)))
+        found = (norm for module in self._before[layer] if (norm := self._read_norm(module)))
         norm = next(found, None)
         return norm if norm is not None and norm.weight.abs().min() > 1e-6 * norm.weight.abs().max() else None
+
+    def _read_norm(self, module: nn.Module) -> Norm | None:
+        with align_module_device(module):  # from the CPU or the disk, if it was put there
+            bare = copy.copy(module)
+            for hook in ("forward", "_old_forward", "_hf_hook"):  # of Accelerate
+                bare.__dict__.pop(hook, None)
+            return read_norm(bare, self.n_inputs)
 
     def holds_mlp(self, layer: int) -> bool:
         return layer in self._ends
@@ -236,6 +277,8 @@ class Base:
         One compilation of a part serves all layers. The decoder around them stays as it is: traced as a whole it would
         take minutes, spell out the causal mask (which costs the fast attention kernels), and hold on to the hooks.
         """
+        if hasattr(self.model, "hf_device_map"):
+            return  # Accelerate's hooks move weights around
         ends = {end for layer in self.layers for end in self.site(layer)}
         for block in self.blocks.children():
             for part in block.children():
@@ -246,11 +289,15 @@ class Base:
         """MLP input [sequences, tokens, n_inputs] and output [.., n_outputs] of each layer asked for, as by `run`."""
         captured: dict[int, tuple[Tensor, Tensor]] = {}
         # copies, since some decoders (Falcon) add to an MLP's output in place
-        self.run(input_ids, lambda layer, x, y: captured.update({layer: (x.clone(), y.clone())}))
+        self.forward_pass(input_ids, lambda layer, x, y: captured.update({layer: (x.clone(), y.clone())}))
         return captured
 
+    def run(self, input_ids: Tensor, visit: Visit) -> None:
+        """What `forward_pass` does, or `replay` in its place if that is set."""
+        (self.replay or self.forward_pass)(input_ids, visit)
+
     @torch.no_grad()
-    def run(self, input_ids: Tensor, visit: Callable[[int, Tensor, Tensor], None]) -> None:
+    def forward_pass(self, input_ids: Tensor, visit: Visit) -> None:
         """One forward pass without the LM head, which tells what flows through the MLPs of the layers asked for.
 
         Padding on the right needs no attention mask: causal attention lets no earlier position see it.
@@ -266,7 +313,8 @@ class Base:
             def visited(entered: list[Tensor], true: Callable[[], Tensor], _before: Callable[[], Tensor]) -> Tensor:
                 seen.add(layer)
                 y = true()
-                visit(layer, *(t.reshape(*input_ids.shape, -1) for t in (entered[0], y)))  # OPT flattens it
+                at_hand = (t.reshape(*input_ids.shape, -1).to(self.device) for t in (entered[0], y))  # OPT flattens it
+                visit(layer, *at_hand)
                 return y
 
             return visited
@@ -274,9 +322,21 @@ class Base:
         with ExitStack() as stack:
             for layer in self.layers:
                 stack.enter_context(self.site(layer).replaced(visiting(layer)))
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            self.model.base_model(input_ids=input_ids.to(entry_device(self.model)), use_cache=False)
         for layer in set(self.layers) - seen:
             raise UserError(f"the forward pass never came to {self.mlp_path(layer)}, as it did when it was loaded")
+
+
+def packed(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How bitsandbytes is to pack weights; UserError if it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"base_quantization is {quantization}, but the package bitsandbytes is not installed: install it "
+            "(pip install 'bilinear-tc[quantization]'), or leave --base_quantization out"
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def count_layers(config: PretrainedConfig) -> int:

@@ -95,7 +95,7 @@ def measure_finish(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
 
     The set is put back as a whole if its KL has risen; if only its mean FVU has, that is for the tables to say.
     """
-    start, device = start_of(run), base.model.device
+    start, device = start_of(run), base.device
     states = [[of.load(layer).float().to(device) for layer in base.layers] for of in (start, run)]
     fvus = held_out_fvu(states, recipe, base, shard).tolist()
     losses = replaced_losses(states, recipe, base)
@@ -122,7 +122,7 @@ def replaced_losses(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: 
     """`ce_increase` and `kl`, nats a token of the recipe's held-out text, with all layers of each set replaced."""
     replacements = [Replacement(base, transcoders, alone=False) for transcoders in sets]
     count = -(-recipe.eval_tokens // (recipe.batch_size * recipe.seq_len))
-    device = base.model.device
+    device = base.device
     with open_held_out(recipe, base.tokenizer, device, recipe.batch_size, base.vocabulary) as text:
         for batch in shown(text, count, "all layers replaced, before and after"):
             for replacement in replacements:

@@ -38,6 +38,7 @@ from bilinear_tc.train.layer_settings import joint_settings, layer_settings
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table
 from bilinear_tc.train.overwriting import READY, take_over, workplace
+from bilinear_tc.train.plan import Device, Plan
 from bilinear_tc.train.processes import (
     StopRequest,
     is_main,
@@ -46,7 +47,8 @@ from bilinear_tc.train.processes import (
     start_accelerator,
     sum_over_processes,
 )
-from bilinear_tc.train.recipe import Recipe, parse_recipe
+from bilinear_tc.train.recipe import Recipe, parse_command
+from bilinear_tc.train.recording import Recording
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.start import keep_the_better, start_of
@@ -91,6 +93,9 @@ def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
             if source is None:
                 base.stop_after_last_layer()
             shard = choose_shard(recipe, base, accelerator.device)
+            if recipe.activations is not None:
+                (recording := Recording(recipe, base)).check()
+                base.replay = recording.replay
             on_main(lambda: place.begin(recipe))
             if source is not None:
                 on_main(lambda: begin_finish(place, source, base.layers))
@@ -309,7 +314,11 @@ def print_result(run: Run, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    fit(parse_recipe())
+    recipe, device = parse_command()
+    if device is None:
+        fit(recipe)
+    else:
+        print(*Plan(recipe, Device.parse(device)).lines(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ class Call(NamedTuple):
     output: Any
 
 
+def entry_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids: where Accelerate has its embedding run, or where this is."""
+    embedding: Any = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
+
+
 @torch.no_grad()
 def short_pass(model: PreTrainedModel) -> list[Call]:
     """Every call of a module in a forward pass over a few tokens, in the order in which they ended.
@@ -47,7 +54,7 @@ def short_pass(model: PreTrainedModel) -> list[Call]:
         calls.append(Call(module, tensors_in(args, kwargs), kept))
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.base_model.modules()]
-    input_ids = torch.arange(math.prod(SHORT), device=model.device).view(SHORT)
+    input_ids = torch.arange(math.prod(SHORT), device=entry_device(model)).view(SHORT)
     try:
         model.base_model(input_ids=input_ids % model.config.get_text_config().vocab_size, use_cache=False)
     except Exception as error:  # whatever a model's own code raises
@@ -123,7 +130,9 @@ def without_residual(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> End
 
 def is_sum(terms: Sequence[Tensor], output: Any) -> bool:
     """Whether an output is the sum of tensors of its own shape, up to rounding."""
-    alike = isinstance(output, Tensor) and all(term.shape == output.shape for term in terms)
+    alike = isinstance(output, Tensor) and all(
+        (term.shape, term.device) == (output.shape, output.device) for term in terms
+    )
     return alike and torch.allclose(torch.stack([*terms]).sum(0), output, rtol=1e-2, atol=1e-4)
 
 
@@ -148,7 +157,7 @@ def entered_from(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> list[nn
         for c in reversed(calls)
         if isinstance(c.output, Tensor)
         and len(tensors) == 1
-        and c.output.shape == tensors[0].shape
+        and (c.output.shape, c.output.device) == (tensors[0].shape, tensors[0].device)
         and torch.equal(c.output, tensors[0])
     )
     return [module for module in same if not any(module.children())]
@@ -186,5 +195,7 @@ def linear_maps(parts: Sequence[nn.Module]) -> list[nn.Linear | Conv1D]:
 
 def map_widths(module: nn.Linear | Conv1D) -> tuple[int, int]:
     """Width of a linear map's input and of its output; GPT-2's keeps its weight transposed."""
+    if isinstance(module, nn.Linear):  # whose weight is packed if it is quantized
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
+    return rows, columns

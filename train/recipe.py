@@ -26,10 +26,12 @@ DEFAULT_RECIPE = "pythia-410m"
 MOST_LAYERS = 10_000  # more than any decoder has, and few enough to list
 # Settings that change neither the weights nor the history of a fit, but for the order of additions.
 FREE_SETTINGS = {
-    *("output_dir", "eval_split", "eval_tokens", "micro_batch_size", "tokenizer_workers", "shard"),
-    *("checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows", "trust_remote_code"),
+    *("output_dir", "activations", "base_device_map", "eval_split", "eval_tokens", "micro_batch_size"),
+    *("tokenizer_workers", "shard", "checkpoint_every", "resume", "overwrite", "report_to", "skip_bad_rows"),
+    "trust_remote_code",
 }
 FINISH = ("finish", "finish_steps", "finish_lr", "anchor", "from_run")  # settings of what follows the fit itself
+PASSING = {"overwrite", "activations"}  # settings that a run does not record
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -45,6 +47,15 @@ class Recipe:
     base: str = option("EleutherAI/pythia-410m", "The frozen decoder: a Hub id or a folder.")
     base_revision: str | None = option(None, "The base's branch, tag or commit.")
     trust_remote_code: bool = option(False, "Run the code that lies beside the base, as some bases need.")
+    base_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "The type of the base's weights. auto: that of products."
+    )
+    base_device_map: Literal["none", "auto"] = option(
+        "none", "auto: Accelerate places a base that one device cannot hold over the GPUs, the CPU and the disk."
+    )
+    base_quantization: Literal["none", "int8", "nf4"] = option(
+        "none", "Pack the base's weights into 8 or 4 bits (bitsandbytes, for GPUs)."
+    )
     mlp_path: str | None = option(
         None,
         "Where the base's MLPs are, with {} for the layer's number: a module, model.layers.{}.mlp, or the two that the "
@@ -66,6 +77,9 @@ class Recipe:
     )
     eval_tokens: int = option(65536, "Held-out tokens to measure on.")
     layers: str | None = option(None, "Layers to fit, such as 0-5,9. Default: all.")
+    activations: str | None = option(
+        None, "Read MLP inputs and outputs from this folder, as train/cache.py writes them, and not from the base."
+    )
     output_dir: str | None = option(None, "The run's folder. Default: runs/RECIPE.")
     seq_len: int = option(128, "Tokens a sequence.")
     batch_size: int = option(512, "Sequences a step, over all processes.")
@@ -167,7 +181,7 @@ class Recipe:
                 setattr(self, name, str(getattr(self, name)))
         for name, hint in get_type_hints(Recipe).items():
             check_type(name, hint, getattr(self, name))
-        for name in ("base", "dataset", "eval_split", "output_dir", "from_run"):
+        for name in ("base", "dataset", "eval_split", "output_dir", "activations", "from_run"):
             if getattr(self, name) is not None:
                 setattr(self, name, expanded(getattr(self, name)))
         if self.eval_split is not None and self.eval_split.lower() == "none":
@@ -207,6 +221,11 @@ class Recipe:
             raise UserError("dtype float16 has too small a range for --finish joint's gradients: use bfloat16")
         if self.finish == "joint" and self.shard == "layers":
             raise UserError("--finish joint needs all layers in every process: leave --shard layers out")
+        if self.finish == "joint" and (self.activations or self.base_device_map):
+            raise UserError(
+                "--finish joint runs the base itself, whole on each device: leave --activations and --base_device_map "
+                "out"
+            )
         if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
         if from_mlp and not self.bias:
@@ -310,7 +329,13 @@ def parse_settings(kind: type[T]) -> T:
 
 
 def parse_recipe(arguments: list[str] | None = None) -> Recipe:
-    """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file.
+    """The recipe of a command line, as `parse_command` reads it."""
+    return parse_command(arguments)[0]
+
+
+def parse_command(arguments: list[str] | None = None) -> tuple[Recipe, str | None]:
+    """The recipe of a command line: `--recipe NAME|FILE`, and any field as a flag, which outranks the file. Beside it
+    what `--plan` says: None if it is not there, "" if it names no device.
 
     Exits with a usage message on an unknown flag; UserError on an impossible value.
     """
@@ -332,8 +357,16 @@ def parse_recipe(arguments: list[str] | None = None) -> Recipe:
     if source is not None:
         settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True}
     parser.set_defaults(**settings)
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="DEVICE",
+        help="Do not fit: say what the fit would need, on the device at hand or on GPUs such as 80GB or 8x80GB.",
+    )
     values = vars(parser.parse_args(arguments))
+    plan = values.pop("plan")
     del values["recipe"]
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{path.stem}"
-    return Recipe(**values)
+    return Recipe(**values), plan

@@ -37,7 +37,7 @@ from bilinear_tc.train.files import (
 )
 from bilinear_tc.train.measuring.evaluation import Evaluation, LayerScores, json_problems
 from bilinear_tc.train.processes import on_all, on_main
-from bilinear_tc.train.recipe import FREE_SETTINGS, Recipe, expanded, read_settings
+from bilinear_tc.train.recipe import FREE_SETTINGS, PASSING, Recipe, expanded, read_settings
 
 T = TypeVar("T")
 
@@ -319,7 +319,7 @@ class Run:
             for partial in place.glob(".*.partial"):
                 if PARTIAL.fullmatch(partial.name):
                     shutil.rmtree(partial)
-        self.write_root({name: value for name, value in recipe.to_dict().items() if name != "overwrite"})
+        self.write_root({name: value for name, value in recipe.to_dict().items() if name not in PASSING})
 
     def delete_fit(self) -> None:
         """Deletes what a fit has written; folders only if nothing else is in them."""

@@ -36,7 +36,7 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
     start = start_of(run)
     if on_main(lambda: start.exported_step if start.is_folder else None) != 0:
         return
-    own, device = shard.of(base).layers, base.model.device
+    own, device = shard.of(base).layers, base.device
     states = [[of.load(layer).float().to(device) for layer in own] for of in (start, run)]
     before, after = held_out_fvu(states, recipe, base, shard).tolist()
 
@@ -66,7 +66,7 @@ def put_back(run: Run, layer: int, settings: dict[str, Any], *, of_start: bool) 
 def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base, shard: Shard) -> Tensor:
     """FVU [sets, layers] of several sets on the recipe's held-out text, in one pass of the base, given the transcoders
     of this process's layers."""
-    device, rows = base.model.device, recipe.batch_size * recipe.seq_len
+    device, rows = base.device, recipe.batch_size * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
     shape = (len(shard.own), base.n_outputs)
     errors = torch.zeros(len(sets), *shape, dtype=torch.float64, device=device)

@@ -147,7 +147,7 @@ def activation_moments(base: Base, documents: Documents, settings: ImportSetting
 
     The fits took every position's row, the padding's too, from a base that was told which positions are padding.
     """
-    device, seq_len, batch_size = base.model.device, settings.seq_len, SEQUENCES_AT_ONCE
+    device, seq_len, batch_size = base.device, settings.seq_len, SEQUENCES_AT_ONCE
     inputs, outputs = (Moments.zeros(len(base.layers), n, device=device) for n in (base.n_inputs, base.n_outputs))
     activations = Activations(base, batch_size * seq_len, device=device, dtype=torch.float32)
     one_pass: dict[str, Any] = {"pack": False, "workers": 0, "epochs": 1}

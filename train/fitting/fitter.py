@@ -277,19 +277,21 @@ def make_optimizers(recipe: Recipe, stack: Stack) -> list[torch.optim.Optimizer]
     return optimizers
 
 
-def choose_micro_batch_size(recipe: Recipe, base: Base, share: int, device: torch.device, dtype: torch.dtype) -> int:
+def choose_micro_batch_size(
+    recipe: Recipe, base: Base, share: int, device: torch.device, dtype: torch.dtype, free: int | None = None
+) -> int:
     """How many sequences a process works on at once: its share of a batch in equal parts, as few as may be.
 
-    On a GPU a part takes at most half of the free memory. A token's peak is either the base's (an MLP's input, output
-    and hidden layer, attention, residual stream) or a transcoder's: its hidden units five times over (left, right,
-    product and two gradients) and its inputs and outputs in float32. On the CPU the size depends on nothing that may
-    change between two runs, since another one adds up in another order.
+    On a GPU a part takes at most half of the `free` bytes (default: what its memory has). A token's peak is either the
+    base's (an MLP's input, output and hidden layer, attention, residual stream) or a transcoder's: its hidden units
+    five times over (left, right, product and two gradients) and its inputs and outputs in float32. On the CPU the size
+    depends on nothing that may change between two runs, since another one adds up in another order.
     """
     if device.type == "cuda":
         hidden, ends = recipe.n_hidden(base.n_inputs), base.n_inputs + base.n_outputs
         base_bytes = dtype.itemsize * (ends + 3 * (base.widest_map + 8 * base.n_inputs))
         transcoder_bytes = dtype.itemsize * 5 * hidden + 4 * 4 * ends
-        most = int(free_memory(device) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
+        most = int((free or free_memory(device)) / 2 / (max(base_bytes, transcoder_bytes) * recipe.seq_len))
     else:
         most = CPU_BASE_ROWS // recipe.seq_len
     return even_part(share, most)

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
@@ -32,13 +34,14 @@ class Linear:
 
     @classmethod
     def of(cls, module: nn.Linear | Conv1D) -> Linear:
-        weight = module.weight.detach().float()
+        with align_module_device(module):  # from the CPU or the disk, if it was put there
+            weight = plain(module).float()
+            bias = None if module.bias is None else module.bias.detach().float()
         weight = weight if isinstance(module, nn.Linear) else weight.T
-        bias = torch.zeros(len(weight), device=weight.device) if module.bias is None else module.bias.detach().float()
-        return cls(weight, bias)
+        return cls(weight, torch.zeros(len(weight), device=weight.device) if bias is None else bias)
 
-    def to(self, dtype: torch.dtype) -> Linear:
-        return Linear(self.weight.to(dtype), self.bias.to(dtype))
+    def to(self, to: torch.dtype | torch.device) -> Linear:
+        return Linear(self.weight.to(to), self.bias.to(to))
 
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
@@ -63,11 +66,11 @@ class MLPWeights:
             base, layer: where the MLP is.
             x, y: this process's share of rows, maybe none: inputs [rows, n_inputs] and outputs [rows, n_outputs].
         """
-        parts, x, y = base.parts(layer), x.float(), y.float()
+        parts, x, y = base.parts(layer), x.float(), y.float()  # on the transcoders' device, unlike the parts maybe
         own = [part for part in parts if not is_linear(part) and all(p.numel() == 1 for p in part.parameters())]
         reason = f"expected two linear maps, or a gated three, that fit together, got {len(linear_maps(parts))}"
         for acts in (own, [ACT2FN[name] for name in FUNCTIONS]):
-            readings = [cls(*roles, act) for roles in roles_of(parts, x.shape[1], y.shape[1]) for act in acts]
+            readings = [cls(*roles, act) for roles in roles_of(parts, x.shape[1], y.shape[1], x.device) for act in acts]
             if readings:
                 sizes = torch.stack([t.square().sum(dtype=torch.float64) for t in (y, *(r(x) - y for r in readings))])
                 total, *errors = sum_over_processes(sizes)
@@ -115,10 +118,23 @@ def value_and_slope(act: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor,
             return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
 
-def roles_of(parts: Sequence[nn.Module], n_inputs: int, n_outputs: int) -> list[tuple[Linear, Linear | None, Linear]]:
+def plain(module: nn.Module) -> Tensor:
+    """The numbers of a linear map's weight, which bitsandbytes keeps packed, in 8 bits or 4."""
+    weight = cast(Tensor, module.weight).detach()
+    if type(module.weight).__name__ not in ("Int8Params", "Params4bit"):
+        return weight
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(cast(nn.Parameter, module.weight), getattr(module, "state", None)).detach()
+
+
+def roles_of(
+    parts: Sequence[nn.Module], n_inputs: int, n_outputs: int, device: torch.device | None = None
+) -> list[tuple[Linear, Linear | None, Linear]]:
     """Every way to take an MLP's linear maps for its gate, up and down that fits their widths; a gate and an up may be
     the halves of one map, in either order."""
     maps = [Linear.of(module) for module in linear_maps(parts)]
+    maps = [of_module.to(device) for of_module in maps] if device is not None else maps
     ways: list[tuple[Linear, Linear | None, Linear]] = []
     for gate, *others in permutations(maps) if len(maps) in (2, 3) else []:
         if len(others) == 2:

@@ -26,7 +26,7 @@ class Tangents:
 
     def __init__(self, base: Base, seed: int, dtype: torch.dtype, before: int = 0) -> None:
         self.base, self.seed, self.dtype, self.before = base, seed, dtype, before
-        self.device = base.model.device
+        self.device = base.device
         self.mlps: list[MLPWeights] = []
 
     def begin(self, step: int, activations: Activations) -> None:

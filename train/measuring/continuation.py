@@ -53,7 +53,7 @@ class Continuing:
     @torch.no_grad()
     def scores(self) -> Continuations | None:
         """What they have in common, the same on any number of processes; None, with a warning, if there are none."""
-        prompts = torch.cat(self._prompts)[:PROMPTS].to(self.base.model.device)  # [prompts, tokens]
+        prompts = torch.cat(self._prompts)[:PROMPTS].to(self.base.device)  # [prompts, tokens]
         problem = "" if len(prompts) else "no held-out sequence begins with text enough for a prompt"
         if not getattr(self.base.model, "can_generate", bool)():
             problem = f"{type(self.base.model).__name__} cannot generate"

@@ -58,7 +58,7 @@ def measure_held_out(
     if losses and recipe.seq_len < 2:
         raise UserError(NOTHING_TO_PREDICT)
     check_held_out(held_out, recipe)
-    device = base.model.device
+    device = base.device
     rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     shard = shard or Shard(len(base.layers))
     activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)

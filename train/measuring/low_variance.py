@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 
@@ -25,11 +26,12 @@ def low_variance_share(transcoder: BilinearTC, covariance: Tensor, directions: T
     """
     variances, vectors = torch.linalg.eigh(covariance)
     tail = vectors[:, variances.cumsum(0) <= TAIL * variances.sum()]
-    tops = transcoder.spectrum(directions, EIGENVECTORS, metric="euclidean").eigenvectors.to(tail)
+    tops = transcoder.spectrum(directions.to(covariance.device), EIGENVECTORS, metric="euclidean").eigenvectors.to(tail)
     return (tail.T @ tops).square().sum(-2).mean().item()
 
 
-def logit_directions(head: Tensor) -> Tensor:
+def logit_directions(head: nn.Linear) -> Tensor:
     """The rows of the output embedding [vocabulary, width] of random tokens, the same at every call."""
-    chosen = torch.randperm(len(head), generator=torch.Generator().manual_seed(0))[:DIRECTIONS]
-    return head[chosen.to(head.device)].float()
+    chosen = torch.randperm(head.out_features, generator=torch.Generator().manual_seed(0))[:DIRECTIONS]
+    with align_module_device(head):
+        return head.weight[chosen.to(head.weight.device)].float()

@@ -39,7 +39,7 @@ class Replacement:
     """
 
     def __init__(self, base: Base, transcoders: Sequence[BilinearTC], *, alone: bool = True) -> None:
-        self.base, self.device = base, base.model.device
+        self.base, self.device = base, base.device
         self.groups = [*([transcoder] for transcoder in transcoders if alone), list(transcoders)]
         self.passes = Reentry(base)
         self._exact: bool | None = None  # whether it can be entered at each block; found out on the first few tokens

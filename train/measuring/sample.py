@@ -59,7 +59,7 @@ class Sample:
         inputs, outputs, flows = [], [], []
         for part, mask in zip(ids[:enough].split(count), masks[:enough].split(count), strict=True):
             with watched(self.base) as (flow, self.norms):
-                captured = self.base.activations(part.to(self.base.model.device))
+                captured = self.base.activations(part.to(self.base.device))
             x, y = (torch.stack(list(side)).flatten(1, 2) for side in zip(*captured.values(), strict=True))
             ordinary = (~massive(y, median)).all(0) & mask.to(y.device).flatten().bool()
             rows = ordinary.nonzero().squeeze(1)

@@ -42,7 +42,7 @@ def weight_scores(
         cosine, error = jacobian_scores(*maps, *probes, std)
         cosine_data, error_data = jacobian_scores(*maps, *differences, std)
         halfway = {"": (x + others(x)) / 2}
-        fits = head is not None and head.weight.shape[1] == transcoder.config.n_outputs
+        fits = head is not None and head.in_features == transcoder.config.n_outputs
         scores[index] = {
             "jacobian_cosine": cosine,
             "jacobian_error": error,
@@ -50,7 +50,7 @@ def weight_scores(
             "jacobian_error_data": error_data,
             "halfway": changes_explained(*maps, x, halfway, std)[""],
             "interchange": changes_explained(*maps, x, interchanged(sample, layer), std),
-            "low_variance_share": low_variance_share(transcoder, covariances[index], logit_directions(head.weight))
+            "low_variance_share": low_variance_share(transcoder, covariances[index], logit_directions(head))
             if fits
             else None,
         }

@@ -91,7 +91,7 @@ def harden(base: Base, factor: float) -> None:
 
 def activations_of(batch: TokenBatch, recipe: Recipe, base: Base) -> Activations:
     """The MLP inputs and outputs of some text, kept for many measurements."""
-    device = base.model.device
+    device = base.device
     kept = Activations(base, batch.input_ids.numel(), device=device, dtype=recipe.compute_dtype(device))
     kept.fill(batch, recipe.batch_size)
     return kept
@@ -112,8 +112,8 @@ def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None)
 
 def fit_steps(recipe: Recipe, base: Base, name: str) -> Iterator[tuple[Fitter, int]]:
     """A fit under a bar of this name: the fitter, and the tokens read, at its start and after each of its steps."""
-    with open_batches(recipe, base.tokenizer, base.model.device) as text:
-        fitter = Fitter(recipe, base, base.model.device)
+    with open_batches(recipe, base.tokenizer, base.device) as text:
+        fitter = Fitter(recipe, base, base.device)
         tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
         yield fitter, tokens
         for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):

@@ -1,0 +1,144 @@
+"""A fit's plan: what it says before anything is loaded, against what the fit then has and does."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bases import write_base
+from plans import write_config
+
+from bilinear_tc.train import fit
+from bilinear_tc.train.base import Base
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.fitting.fitter import Fitter
+from bilinear_tc.train.fitting.least_squares import LeastSquares
+from bilinear_tc.train.plan import Device, Plan
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.studies.benchmark import count_flops
+from bilinear_tc.train.tally import Tally
+from bilinear_tc.train.text.batches import TokenBatch
+
+CPU = Device("cpu", 10**9, 1)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    base = write_base(tmp_path / "base")
+    return Recipe(base=str(base), dataset="python-stdlib", batch_size=4, seq_len=32, init_tokens=128, max_steps=2)
+
+
+def size(*tensors: torch.Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_memory_by_kind_is_what_a_fit_has(recipe):
+    """Base, activations, parameters, gradients, momentum and the moments of the closed form, to the byte."""
+    base = Base.of_recipe(recipe, torch.device("cpu"))
+    fitter = Fitter(recipe, base, torch.device("cpu"))
+    plan = Plan(recipe, CPU)
+    fitter.step(TokenBatch(torch.randint(50, (4, 32))), 0)
+    stack, activations = fitter.stack, fitter.activations
+    equations = LeastSquares(torch.zeros(2, 64), torch.zeros(2, 16))
+    moments = [v for v in vars(equations).values() if v.dtype == torch.float64]
+    states = [s for o in fitter.optimizers for of in o.state.values() for s in of.values() if s.numel() > 1]
+    kinds = plan.memory(2)
+    assert kinds["steps"]["base"] == size(*{*base.model.parameters(), *base.model.buffers()})
+    buffers = (activations._x, activations._y, activations._weights, activations._ordinary)
+    assert kinds["steps"]["activations"] == size(*buffers)
+    assert kinds["steps"]["parameters"] == kinds["steps"]["gradients"] == size(*stack.parameters.values())
+    assert kinds["steps"]["momentum"] == size(*states)
+    shifts = size(equations.feature_shift, equations.target_shift)
+    assert kinds["start, heads"]["moments"] == size(*moments) + shifts
+
+
+def test_operations_are_those_that_a_step_makes(recipe):
+    """By part, as torch counts them in a step of the fit, but for attention, which meta tensors spell out."""
+    base = Base.of_recipe(recipe, torch.device("cpu"))
+    plan = Plan(recipe, CPU).flops
+    batch = TokenBatch(torch.randint(50, (4, 32)))
+    with_it, without = (Fitter(replace(recipe, jvp=jvp), base, torch.device("cpu")) for jvp in (0.1, 0.0))
+    with_it.step(batch, 0)  # the first reads the MLPs' weights
+    with_it, without = count_flops(with_it, batch), count_flops(without, batch)
+    assert plan["base forward"] == pytest.approx(without["base"], rel=0.01)
+    assert plan["gradients"] == without["transcoders"]
+    assert plan["jvp"] == with_it["transcoders"] - without["transcoders"]
+    assert plan["Newton–Schulz"] == without["optimizer"]
+
+
+def test_a_tally_forgets_what_is_freed():
+    with torch.device("meta"), Tally() as tally:
+        kept = torch.zeros(1000)
+        kept + 1
+        view = kept[10:]
+        (view + 1).add_(1)
+    assert (tally.now, tally.peak) == (4000, 8000)
+
+
+def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    """From a config.json alone: there is no weight to load."""
+    base = write_config(tmp_path / "base", "pythia-410m")
+    command = [
+        "fit.py",
+        "--base",
+        str(base),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--layers",
+        "0-1",
+        "--plan",
+        "80GB",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    fit.main()
+    printed = capsys.readouterr().out
+    assert "2 of 1024 → 4096 → 1024" in printed
+    assert "GPU with 80.0 GB, products in bfloat16" in printed
+    assert printed.endswith("it fits\n")
+    assert [path.name for path in tmp_path.rglob("*")] == ["base", "config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "device", "parameters", "fits"),
+    [
+        ("pythia-410m", "80GB", 405_334_016, True),
+        ("Llama-3.1-8B", "8x80GB", 8_030_261_248, False),
+        ("gemma-2-9b", "80GB", 9_241_705_984, False),
+    ],
+)
+def test_what_fits_and_what_to_run_instead(tmp_path, monkeypatch, name, device, parameters, fits):
+    """Published sizes; the layers that are named together are all, and each part fits."""
+    monkeypatch.setattr("bilinear_tc.train.plan.free_disk", lambda _folder: 10**13)
+    recipe = Recipe(base=str(write_config(tmp_path, name)), output_dir="runs/it")
+    plan = Plan(recipe, Device.parse(device))
+    assert plan.base_parameters == parameters
+    remedies = [*plan.remedies()]
+    if fits:
+        assert remedies == []
+        return
+    assert remedies[0].startswith("does not fit: start, heads takes")
+    parts = [line.split()[1] for line in remedies[1:]]
+    named = [layer for part in parts for layer in Recipe(layers=part).layer_indices()]
+    assert named == plan.base.layers
+    most = max(len(Recipe(layers=part).layer_indices()) for part in parts)
+    assert plan.peak(most) <= plan.room < plan.peak(most + 1)
+
+
+def test_a_device_that_nothing_fits_on(recipe):
+    plan = Plan(recipe, Device("cuda", 10**5, 1))
+    assert next(plan.remedies()).endswith("run with --base_device_map auto")
+    roomy = Device("cuda", plan.base_bytes * 2, 1)
+    assert "run with a lower --batch_size" in next(Plan(recipe, roomy).remedies())
+
+
+def test_devices():
+    assert Device.parse("80GB") == Device("cuda", 80 * 10**9, 1)
+    assert Device.parse("8x24GiB") == Device("cuda", 24 * 2**30, 8)
+    assert Device.parse("").type in ("cpu", "cuda")
+    for wrong in ("80", "x80GB", "0x80GB", "0GB", "8*80GB"):
+        with pytest.raises(UserError, match="plan must be a GPU's memory, such as 80GB"):
+            Device.parse(wrong)
