@@ -246,3 +246,18 @@ def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_pa
         assert content.get("loss_tokens") == (-(-count // 128) * 4 * 31 or None)
         assert ("all_layers" in content) == ("CE increase" in finished.stdout) == (count > 0)
     assert len({out[: out.index("\n\n")] for out in printed[:3]}) == 1  # the layers' scores are the same
+
+
+@pytest.mark.slow
+def test_the_ceiling_is_what_a_fit_to_the_derivative_alone_reaches(tiny_fit, tmp_path):
+    split = sorted(tiny_fit.text.iterdir())[-1]
+    cosines = {}
+    for name, run in (("own", tiny_fit.reference("--jvp", 0)), ("alone", tiny_fit.reference("--jvp", 10000))):
+        flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--loss_tokens", 0]
+        more = ["--ceiling"] if name == "own" else []
+        finished = tiny_fit.server.start(evaluate.main, [*flags, *more, "--output", tmp_path / name]).wait()
+        assert finished.returncode == 0, finished.stderr
+        cosines[name] = json.loads((tmp_path / name / "evaluation.json").read_text())["layers"]
+    for layer, own in cosines["own"].items():
+        assert own["jacobian_ceiling"] == pytest.approx(cosines["alone"][layer]["jacobian_cosine"], abs=1e-6)
+        assert own["jacobian_ceiling"] > own["jacobian_cosine"]

@@ -133,6 +133,23 @@ def test_logits_exist_in_parts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(most) == 12_000
 
 
+def test_a_layer_that_is_nearly_exact_steps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, base = Recipe(**RECIPE | {"finish_lr": 0.01}), Base(tiny_neox(), None)
+    transcoders = some_transcoders(recipe, base)
+    transcoders[0].output_mean[:], transcoders[0].output_std[:] = 0, 1e4  # whose errors are none to these outputs
+    transcoders[0].head.weight.data.zero_()
+    paced, plain = (JointFitter(recipe, copy.deepcopy(transcoders), base, CPU) for _ in range(2))
+    before = {name: p.detach().clone() for name, p in paced.stack.parameters.items()}
+    monkeypatch.setattr(plain, "_update", lambda number, _fvu: plain.update(number))
+    _, fvu, _ = paced.step(a_batch(), 0)
+    plain.step(a_batch(), 0)
+    for layer, pace in enumerate((fvu / fvu.mean()).sqrt().clamp(max=1).tolist()):
+        for name, start in before.items():
+            long, short = (of.stack.parameters[name][layer] - start[layer] for of in (plain, paced))
+            torch.testing.assert_close(short, pace * long, rtol=1e-3, atol=1e-7)
+    assert fvu.min() < 0.5 * fvu.mean()
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

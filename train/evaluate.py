@@ -13,6 +13,7 @@ from typing import Literal
 
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
+from bilinear_tc.train.measuring.ceiling import with_ceiling
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.measuring.tables import fit_table, loss_table
 from bilinear_tc.train.processes import on_main, process_count, start_accelerator
@@ -43,6 +44,11 @@ class EvaluationSettings:
     )
     batch_size: int = option(16, "Sequences at once, over all processes.")
     dtype: Literal["float32", "bfloat16"] = option("float32", "Compute type.")
+    ceiling: bool = option(
+        False,
+        "Fit the set's recipe once more, to the MLPs' derivative alone, to say what Jacobian cosine can be reached. "
+        "That takes as long as the fit did.",
+    )
     output: str | None = option(
         None, "The folder for evaluation.json. Default: the run, or for a repository the current folder."
     )
@@ -82,6 +88,8 @@ def evaluate(settings: EvaluationSettings) -> None:
         loss_tokens=loss_tokens,
         shard=shard,
     )
+    if settings.ceiling:
+        evaluation = with_ceiling(evaluation, recipe, base, held_out, settings.batch_size)
     target = Run(settings.output or (settings.transcoders if run.is_folder else "."))
     on_main(lambda: target.write_evaluation(evaluation))
     tables = [fit_table(evaluation), *([loss_table(evaluation)] if loss_tokens else [])]

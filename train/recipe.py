@@ -221,7 +221,7 @@ class Recipe:
             raise UserError("dtype float16 has too small a range for --finish joint's gradients: use bfloat16")
         if self.finish == "joint" and self.shard == "layers":
             raise UserError("--finish joint needs all layers in every process: leave --shard layers out")
-        if self.finish == "joint" and (self.activations or self.base_device_map):
+        if self.finish == "joint" and (self.activations or self.base_device_map != "none"):
             raise UserError(
                 "--finish joint runs the base itself, whole on each device: leave --activations and --base_device_map "
                 "out"

@@ -88,15 +88,16 @@ def by_depth(scores: Evaluation) -> str | None:
 def derivative(scores: Evaluation) -> str | None:
     """How near the Jacobians come, if that was measured at every layer."""
     cosines = scores.values("jacobian_cosine")
-    mean = scores.mean("jacobian_cosine")
+    mean, ceiling = scores.mean("jacobian_cosine"), scores.mean("jacobian_ceiling")
     if mean is None:
         return None
+    reach = "" if ceiling is None else f" Fitted to the derivative alone, this form and width reach {ceiling:.3f}."
     if len(cosines) == 1:
-        return f"**Its derivative** follows the MLP's with a cosine of {mean:.3f}."
+        return f"**Its derivative** follows the MLP's with a cosine of {mean:.3f}.{reach}"
     worst, best = min(cosines, key=cosines.__getitem__), max(cosines, key=cosines.__getitem__)
     return (
         f"**The derivatives** follow the MLPs' with a cosine of {mean:.3f} on average, from {cosines[worst]:.3f} at "
-        f"layer {worst} to {cosines[best]:.3f} at layer {best}."
+        f"layer {worst} to {cosines[best]:.3f} at layer {best}.{reach}"
     )
 
 

@@ -101,6 +101,7 @@ OUTPUT_COLUMNS: Columns = {
 }
 WEIGHT_COLUMNS: Columns = {
     "jacobian_cosine": ("Jacobian cosine", "{:.3f}".format),
+    "jacobian_ceiling": ("Its ceiling", "{:.3f}".format),
     "jacobian_error": ("Relative error", "{:.3f}".format),
     "jacobian_cosine_data": ("Cosine between tokens", "{:.3f}".format),
     "jacobian_error_data": ("Error between tokens", "{:.3f}".format),

@@ -99,8 +99,19 @@ class JointFitter(Fitter):
             mse = errors / (rows * outputs.mean.shape[-1])
             fvu = errors / (batch_deviation / outputs.std.square()).sum(-1)
             mse, fvu, self.shown = mse.cpu(), fvu.cpu(), {"kl": float(sum_over_processes(kl)) / rows}
-        self.update(number)
+        self._update(number, fvu)
         return mse, fvu, rows
+
+    def _update(self, number: int, fvu: Tensor) -> None:
+        """Steps along the gradients, in each layer as far as the root of its FVU is to the mean's, and no farther than
+        without that: Muon's steps are as long in a layer that is nearly exact as in the others, and would spoil it."""
+        params = [(parameter, parameter.detach().clone()) for _, parameter in self._optimized()]
+        self.update(number)
+        paces = (fvu / fvu.mean()).sqrt().clamp(max=1).to(self.device)
+        with torch.no_grad():
+            for parameter, before in params:
+                pace = paces.to(parameter.dtype).reshape(-1, *[1] * (parameter.ndim - 1))
+                parameter.copy_(before.lerp(parameter, pace))
 
     def _true_pass(self, batch: TokenBatch) -> Tensor:
         """Fills the activations; returns what the last block leaves [sequences, tokens, width]."""

@@ -78,6 +78,7 @@ class LayerScores:
         error_quantiles: of an ordinary row's own error ‖z − ẑ‖² / n_outputs, by percent.
         error_by_position: mean of that error by position in the sequence; over all of them, that mean is fvu_ordinary.
         jacobian_cosine, jacobian_error: of the Jacobians over isotropic probes in z units, as `jacobian.py` says.
+        jacobian_ceiling: the cosine that a fit to the derivative alone reaches, as `ceiling.py` says.
         jacobian_cosine_data, jacobian_error_data: the same over differences of two tokens' inputs.
         interchange: R² of the predicted change of the output as one upstream component comes from another token.
         halfway: the same as the input itself moves half way to another token's.
@@ -102,6 +103,7 @@ class LayerScores:
     error_by_position: dict[str, float] | None = None
     jacobian_cosine: float | None = None
     jacobian_error: float | None = None
+    jacobian_ceiling: float | None = None
     jacobian_cosine_data: float | None = None
     jacobian_error_data: float | None = None
     interchange: dict[str, float] | None = None

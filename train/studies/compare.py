@@ -9,26 +9,25 @@ ReLU, as in bigger models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
 import matplotlib
 import torch
-from tqdm import tqdm
 
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError, command_line
 from bilinear_tc.train.files import write_json, written_whole
 from bilinear_tc.train.fitting.fitter import Fitter
+from bilinear_tc.train.fitting.steps import fit_steps
 from bilinear_tc.train.mlps import linear_maps
 from bilinear_tc.train.moments import Moments, fvu
 from bilinear_tc.train.processes import start_accelerator
 from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
 from bilinear_tc.train.text.batches import TokenBatch
-from bilinear_tc.train.text.source import calibration_batches, open_batches, open_held_out
+from bilinear_tc.train.text.source import open_held_out
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -108,17 +107,6 @@ def held_out_fvu(fitter: Fitter, held_out: Activations, rows: int | None = None)
         errors = sum((b - transcoder(a)).square().sum(0, dtype=torch.float64) for a, b in pairs)
         unexplained.append(fvu(errors, Moments.of(y)).item())
     return unexplained
-
-
-def fit_steps(recipe: Recipe, base: Base, name: str) -> Iterator[tuple[Fitter, int]]:
-    """A fit under a bar of this name: the fitter, and the tokens read, at its start and after each of its steps."""
-    with open_batches(recipe, base.tokenizer, base.device) as text:
-        fitter = Fitter(recipe, base, base.device)
-        tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
-        yield fitter, tokens
-        for step in tqdm(range(recipe.max_steps), desc=name, unit="step"):
-            tokens += fitter.step(next(text), step)[2]
-            yield fitter, tokens
 
 
 def run_recipe(recipe: Recipe, base: Base, held_out: Activations, name: str, points: int = 0) -> Curve:

@@ -11,16 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import command_line
+from bilinear_tc.train.fitting.steps import fitted
+from bilinear_tc.train.measuring.ceiling import ALONE
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.measuring.held_out import measure_held_out
 from bilinear_tc.train.processes import start_accelerator
-from bilinear_tc.train.recipe import Recipe, named_recipe, option, parse_settings
-from bilinear_tc.train.studies.compare import fit_steps
+from bilinear_tc.train.recipe import named_recipe, option, parse_settings
 
-ALONE = 1e4  # a weight of the derivative at which nothing else counts
 CHANGES: dict[str, dict[str, Any]] = {
     "closed form, without the derivative": {"max_steps": 0, "jvp": 0.0},
     "closed form": {"max_steps": 0},
@@ -41,13 +40,6 @@ class TradeSettings:
     recipe: str = option("quickstart", "The recipe to change, by name or YAML file.")
     only: str | None = option(None, "Rows of the table that hold this text. Default: all.")
     loss_tokens: int = option(16384, "Tokens to measure the loss on with all MLPs replaced.")
-
-
-def fitted(recipe: Recipe, base: Base, name: str) -> list[BilinearTC]:
-    """The transcoders that a recipe's fit ends with."""
-    *_, (fitter, _tokens) = fit_steps(recipe, base, name)
-    fitter.stack.set_statistics()
-    return fitter.stack.transcoders
 
 
 def row(name: str, evaluation: Evaluation) -> str:
