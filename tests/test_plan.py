@@ -55,6 +55,15 @@ def test_memory_by_kind_is_what_a_fit_has(recipe):
     assert kinds["start, heads"]["moments"] == size(*moments) + shifts
 
 
+def test_layers_shared_out_are_held_by_their_owners_with_all_rows(recipe):
+    device = Device("cpu", 10**9, 2)
+    whole, own = (Plan(replace(recipe, shard=shard), device).memory(2)["steps"] for shard in ("none", "layers"))
+    assert not Plan(recipe, device).shared_out  # both layers fit
+    for kind in ("parameters", "gradients", "momentum"):
+        assert own[kind] == whole[kind] / 2
+    assert own["activations"] == whole["activations"]  # half of the layers, twice the rows
+
+
 def test_operations_are_those_that_a_step_makes(recipe):
     """By part, as torch counts them in a step of the fit, but for attention, which meta tensors spell out."""
     base = Base.of_recipe(recipe, torch.device("cpu"))
@@ -106,7 +115,7 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, cap
     ("name", "device", "parameters", "fits"),
     [
         ("pythia-410m", "80GB", 405_334_016, True),
-        ("Llama-3.1-8B", "8x80GB", 8_030_261_248, False),
+        ("Llama-3.1-8B", "8x80GB", 8_030_261_248, True),  # shared out
         ("gemma-2-9b", "80GB", 9_241_705_984, False),
     ],
 )
@@ -119,6 +128,9 @@ def test_what_fits_and_what_to_run_instead(tmp_path, monkeypatch, name, device, 
     remedies = [*plan.remedies()]
     if fits:
         assert remedies == []
+        assert plan.shared_out == (plan.device.processes > 1)
+        whole = [*Plan(replace(recipe, shard="none"), plan.device).remedies()]
+        assert [" run with --shard layers (" in sentence for sentence in whole] == [True] * plan.shared_out
         return
     assert remedies[0].startswith("does not fit: start, heads takes")
     parts = [line.split()[1] for line in remedies[1:]]

@@ -76,9 +76,11 @@ class Plan:
     Args:
         recipe: the fit.
         device: where it is to run.
+        shared_out: whether each process holds layers of its own, with all rows; default: as the recipe's `shard` says,
+            whose `auto` shares out what would not fit otherwise.
     """
 
-    def __init__(self, recipe: Recipe, device: Device) -> None:
+    def __init__(self, recipe: Recipe, device: Device, shared_out: bool | None = None) -> None:
         self.device, self.dtype = device, recipe.compute_dtype(torch.device(device.type))
         with Tally():
             computed: Any = str(self.dtype)[6:]
@@ -93,8 +95,13 @@ class Plan:
             where = torch.device(device.type)
             chosen = choose_micro_batch_size(recipe, self.base, share, where, self.dtype, free)
             recipe = dataclasses.replace(recipe, micro_batch_size=chosen)
-        self.recipe, self.rows = recipe, share * recipe.seq_len
-        self.batch_rows = recipe.batch_size * recipe.seq_len
+        self.recipe, self.batch_rows = recipe, recipe.batch_size * recipe.seq_len
+        if shared_out is None:
+            shared_out = recipe.shard == "layers" and device.processes > 1
+            if recipe.shard == "auto" and 1 < device.processes <= self.layers:
+                whole = Plan(recipe, device, shared_out=False)
+                shared_out = whole.peak(self.layers) > whole.room
+        self.shared_out, self.rows = shared_out, self.batch_rows if shared_out else share * recipe.seq_len
         with META:
             self.transcoder: BilinearTC = make_transcoders(recipe, self.base, META)[0]
         self.parameters = sum(p.numel() for p in self.transcoder.parameters())
@@ -220,13 +227,13 @@ class Plan:
 
     # What they add up to
 
-    def memory(self, layers: int, owned: int | None = None) -> dict[str, dict[str, int]]:
-        """Bytes on each process by phase of the fit, then by kind, for so many layers, of which a process owns some."""
-        owned = layers if owned is None else owned
-        state, work = 4 * owned * self.parameters, self.work(layers)
+    def memory(self, layers: int) -> dict[str, dict[str, int]]:
+        """Bytes on each process by phase of the fit, then by kind, for so many layers under fit."""
+        work, layers = self.work(layers), self.owned(layers)
+        state = 4 * layers * self.parameters
         ends = (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize + 5  # weight and mark of each row
         fit = {"base": self.base_bytes, "activations": layers * self.rows * ends, "parameters": state}
-        biases = 4 * owned * sum(p.numel() for p in self.transcoder.parameters() if p.ndim == 1)
+        biases = 4 * layers * sum(p.numel() for p in self.transcoder.parameters() if p.ndim == 1)
         adam = self.recipe.optimizer == "adamw"
         momentum = 2 * state if adam else state + biases
         copies = 0  # of the MLPs, which the sums and derivatives read
@@ -236,7 +243,7 @@ class Plan:
         jvp = copies * self.dtype.itemsize * bool(self.recipe.jvp)
         phases: dict[str, dict[str, int]] = {}
         if self.recipe.init == "mlp":
-            moments = {"gradients": state}, owned * self.unit_sums.left, owned * self.head_sums.left
+            moments = {"gradients": state}, layers * self.unit_sums.left, layers * self.head_sums.left
             phases["start, units"] = fit | moments[0] | {"moments": moments[1], "MLPs' copies": 4 * copies}
             phases["start, heads"] = fit | moments[0] | {"moments": moments[2], "MLPs' copies": jvp}
         if self.recipe.max_steps:
@@ -249,12 +256,18 @@ class Plan:
             kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process
         return phases
 
+    def owned(self, layers: int) -> int:
+        """Of so many layers under fit, those that a process holds."""
+        return -(-layers // self.device.processes) if self.shared_out else layers
+
     def work(self, layers: int) -> dict[str, int]:
         """Bytes at most by phase that no later work needs."""
-        base = self.pass_of_base.peak
-        newton_schulz = layers * self.orthogonalized.left + 2 * -(-layers // self.device.processes) * (
-            self.orthogonalized.peak
-        )
+        base, orthogonalized = self.pass_of_base.peak, self.orthogonalized
+        if self.shared_out:  # rows of all layers, on their way out and in
+            rows = (self.recipe.micro_batch_size or 1) * self.recipe.seq_len
+            base += 2 * layers * rows * (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
+        at_once = -(-layers // self.device.processes)
+        newton_schulz = self.owned(layers) * orthogonalized.left + 2 * at_once * orthogonalized.peak
         stepping = max(self.statistics.peak, self.gradients.peak, self.derivative.peak, newton_schulz)
         starts = (self.unit_sums.peak, self.head_sums.peak)
         peaks = (max(starts[0], self.statistics.peak), max(starts[1], self.derivative.peak), stepping, self.measured)
@@ -272,8 +285,8 @@ class Plan:
         """Bytes of the sequences that the shuffle holds back."""
         return 4 * self.recipe.shuffle_buffer * self.recipe.seq_len
 
-    def peak(self, layers: int, owned: int | None = None) -> int:
-        return max(sum(kinds.values()) for kinds in self.memory(layers, owned).values())
+    def peak(self, layers: int) -> int:
+        return max(sum(kinds.values()) for kinds in self.memory(layers).values())
 
     @property
     def flops(self) -> dict[str, float]:
@@ -309,9 +322,11 @@ class Plan:
                 f"does not fit: {worst} takes {sum(kinds.values()) / GB:.1f} GB of the {self.room / GB:.1f} GB usable"
             )
             most = max((n for n in range(1, self.layers + 1) if self.peak(n) <= self.room), default=0)
-            shared = -(-self.layers // self.device.processes)
-            if hasattr(recipe, "shard") and self.device.processes > 1 and self.peak(self.layers, shared) <= self.room:
-                yield f"{said}; run with --shard layers ({self.peak(self.layers, shared) / GB:.1f} GB)"
+            shared = (
+                None if self.shared_out or self.device.processes == 1 else Plan(recipe, self.device, shared_out=True)
+            )
+            if shared is not None and shared.peak(self.layers) <= self.room:
+                yield f"{said}; run with --shard layers ({shared.peak(self.layers) / GB:.1f} GB)"
             elif most:
                 asked = self.base.layers
                 parts = [asked[i : i + most] for i in range(0, len(asked), most)]
@@ -337,7 +352,9 @@ class Plan:
         start = -(-recipe.init_tokens // step) * step if recipe.init == "mlp" else 0
         held_out = 0 if recipe.eval_split is None else recipe.eval_tokens
         yield f"tokens: start {start:,}; {recipe.max_steps:,} steps × {step:,}; held out {held_out:,}"
-        yield f"on {self.device}, products in {str(self.dtype)[6:]}, {recipe.micro_batch_size} sequences at once"
+        holds = ", each with layers of its own" if self.shared_out else ""
+        products = f"products in {str(self.dtype)[6:]}, {recipe.micro_batch_size} sequences at once"
+        yield f"on {self.device}{holds}, {products}"
         phases = self.memory(self.layers)
         kinds = dict.fromkeys(kind for of_phase in phases.values() for kind in of_phase)
         yield "\nGB on each process " + "".join(f"{phase:>14s}" for phase in phases)
