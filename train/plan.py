@@ -41,6 +41,7 @@ GB = 10**9
 AT_MOST = 0.92  # of a device: what its allocator leaves unusable between blocks is the rest
 CONTEXT = 6 * 10**8  # bytes that CUDA and its libraries take on a device
 TEXT_BYTES = 80  # that tokenizing takes a character of a piece of text
+PACKED = {"int8": 1, "nf4": 0.5 + 4 / 64}  # bytes a weight, with nf4's scale of each 64
 PHASES = ("start, units", "start, heads", "steps", "evaluation")
 
 
@@ -82,9 +83,12 @@ class Plan:
         self.device, self.dtype = device, recipe.compute_dtype(torch.device(device.type))
         with Tally():
             computed: Any = str(self.dtype)[6:]
-            self.base = Base.of_recipe(dataclasses.replace(recipe, dtype=computed), META)
+            as_computed = dataclasses.replace(recipe, dtype=computed, base_quantization="none")
+            self.base = Base.of_recipe(as_computed, META)
             self.base_parameters = sum(p.numel() for p in self.base.model.parameters())
             self.base_bytes = self.base.model.get_memory_footprint()
+            if recipe.base_quantization != "none":
+                self.base_bytes -= saved_by_packing(self.base.model, PACKED[recipe.base_quantization])
             self.base.stop_after_last_layer()
         self.layers = len(self.base.layers)
         share = -(-recipe.batch_size // device.processes)
@@ -93,7 +97,8 @@ class Plan:
             where = torch.device(device.type)
             chosen = choose_micro_batch_size(recipe, self.base, share, where, self.dtype, free)
             recipe = dataclasses.replace(recipe, micro_batch_size=chosen)
-        self.recipe, self.rows = recipe, share * recipe.seq_len
+        self.shared_out = recipe.shard == "layers" and 1 < device.processes <= self.layers
+        self.recipe, self.rows = recipe, (recipe.batch_size if self.shared_out else share) * recipe.seq_len
         self.batch_rows = recipe.batch_size * recipe.seq_len
         with META:
             self.transcoder: BilinearTC = make_transcoders(recipe, self.base, META)[0]
@@ -220,19 +225,19 @@ class Plan:
 
     # What they add up to
 
-    def memory(self, layers: int, owned: int | None = None) -> dict[str, dict[str, int]]:
-        """Bytes on each process by phase of the fit, then by kind, for so many layers, of which a process owns some."""
-        owned = layers if owned is None else owned
+    def memory(self, layers: int) -> dict[str, dict[str, int]]:
+        """Bytes on each process by phase of the fit, then by kind, for so many layers, shared out or not."""
+        owned = -(-layers // self.device.processes) if self.shared_out else layers
         state, work = 4 * owned * self.parameters, self.work(layers)
         ends = (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize + 5  # weight and mark of each row
-        fit = {"base": self.base_bytes, "activations": layers * self.rows * ends, "parameters": state}
+        fit = {"base": self.base_bytes, "activations": owned * self.rows * ends, "parameters": state}
         biases = 4 * owned * sum(p.numel() for p in self.transcoder.parameters() if p.ndim == 1)
         adam = self.recipe.optimizer == "adamw"
         momentum = 2 * state if adam else state + biases
         copies = 0  # of the MLPs, which the sums and derivatives read
         if self.mlp is not None:
             maps = (self.mlp.gate, self.mlp.down, *([self.mlp.up] if self.mlp.up else []))
-            copies = layers * sum(m.weight.numel() for m in maps) * (self.dtype != torch.float32)
+            copies = owned * sum(m.weight.numel() for m in maps) * (self.dtype != torch.float32)
         jvp = copies * self.dtype.itemsize * bool(self.recipe.jvp)
         phases: dict[str, dict[str, int]] = {}
         if self.recipe.init == "mlp":
@@ -242,8 +247,8 @@ class Plan:
         if self.recipe.max_steps:
             phases["steps"] = fit | {"gradients": state, "momentum": momentum, "MLPs' copies": jvp}
         if self.recipe.eval_split is not None:
-            everywhere = layers * self.batch_rows * ends
-            phases["evaluation"] = fit | {"activations": everywhere, "parameters": 2 * 4 * layers * self.parameters}
+            everywhere = owned * self.batch_rows * ends
+            phases["evaluation"] = fit | {"activations": everywhere, "parameters": 2 * 4 * owned * self.parameters}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
             kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process
@@ -251,8 +256,14 @@ class Plan:
 
     def work(self, layers: int) -> dict[str, int]:
         """Bytes at most by phase that no later work needs."""
-        base = self.pass_of_base.peak
-        newton_schulz = layers * self.orthogonalized.left + 2 * -(-layers // self.device.processes) * (
+        base, owned = self.pass_of_base.peak, layers
+        if self.shared_out:  # what a pass tells of all layers, as it is sent and as it is received
+            owned, tokens = (
+                -(-layers // self.device.processes),
+                (self.recipe.micro_batch_size or 1) * self.recipe.seq_len,
+            )
+            base += 2 * layers * tokens * (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
+        newton_schulz = owned * self.orthogonalized.left + 2 * -(-layers // self.device.processes) * (
             self.orthogonalized.peak
         )
         stepping = max(self.statistics.peak, self.gradients.peak, self.derivative.peak, newton_schulz)
@@ -272,15 +283,15 @@ class Plan:
         """Bytes of the sequences that the shuffle holds back."""
         return 4 * self.recipe.shuffle_buffer * self.recipe.seq_len
 
-    def peak(self, layers: int, owned: int | None = None) -> int:
-        return max(sum(kinds.values()) for kinds in self.memory(layers, owned).values())
+    def peak(self, layers: int) -> int:
+        return max(sum(kinds.values()) for kinds in self.memory(layers).values())
 
     @property
     def flops(self) -> dict[str, float]:
         """Operations of a step, over all processes, by part."""
         sequences = self.recipe.batch_size / (self.recipe.micro_batch_size or 1)
         return {
-            "base forward": sequences * self.pass_of_base.flops,
+            "base forward": sequences * self.pass_of_base.flops * (self.recipe.activations is None),
             "gradients": self.layers * self.gradients.flops * self.batch_rows / self.micro_rows,
             "jvp": self.layers * self.derivative.flops * self.recipe.batch_size * self.recipe.seq_len / self.rows,
             "Newton–Schulz": self.layers * self.orthogonalized.flops * (self.recipe.optimizer != "adamw"),
@@ -309,15 +320,19 @@ class Plan:
                 f"does not fit: {worst} takes {sum(kinds.values()) / GB:.1f} GB of the {self.room / GB:.1f} GB usable"
             )
             most = max((n for n in range(1, self.layers + 1) if self.peak(n) <= self.room), default=0)
-            shared = -(-self.layers // self.device.processes)
-            if hasattr(recipe, "shard") and self.device.processes > 1 and self.peak(self.layers, shared) <= self.room:
-                yield f"{said}; run with --shard layers ({self.peak(self.layers, shared) / GB:.1f} GB)"
+            shared: Plan | None = None
+            if recipe.finish == "none" and not self.shared_out and 1 < self.device.processes <= self.layers:
+                shared = Plan(dataclasses.replace(recipe, shard="layers"), self.device)
+            if shared is not None and shared.peak(self.layers) <= self.room:
+                yield f"{said}; run with --shard layers ({shared.peak(self.layers) / GB:.1f} GB)"
             elif most:
                 asked = self.base.layers
                 parts = [asked[i : i + most] for i in range(0, len(asked), most)]
                 names = [f"{p[0]}-{p[-1]}" if p[-1] - p[0] == len(p) - 1 else ",".join(map(str, p)) for p in parts]
                 yield f"{said}; run {len(parts)} fits, of at most {most} layers ({self.peak(most) / GB:.1f} GB):"
                 yield from (f"  --layers {name} --output_dir {folder}/{name}" for name in names)
+            elif self.base_bytes > self.room and recipe.base_device_map == "auto":
+                yield f"{said}, the base counted whole: how much of it stays on the device is Accelerate's to say"
             elif self.base_bytes > self.room:
                 yield f"{said}, the base alone {self.base_bytes / GB:.1f}; run with --base_device_map auto"
             else:
@@ -337,6 +352,8 @@ class Plan:
         start = -(-recipe.init_tokens // step) * step if recipe.init == "mlp" else 0
         held_out = 0 if recipe.eval_split is None else recipe.eval_tokens
         yield f"tokens: start {start:,}; {recipe.max_steps:,} steps × {step:,}; held out {held_out:,}"
+        if recipe.finish == "joint":
+            yield "this is of the layer-wise fit: --finish joint, which holds all layers on each device, is not counted"
         yield f"on {self.device}, products in {str(self.dtype)[6:]}, {recipe.micro_batch_size} sequences at once"
         phases = self.memory(self.layers)
         kinds = dict.fromkeys(kind for of_phase in phases.values() for kind in of_phase)
@@ -352,6 +369,13 @@ class Plan:
         sizes = ", ".join(f"{what} {size / GB:.3f}" for what, size in self.disk.items())
         yield f"\ndisk: {sum(self.disk.values()) / GB:.3f} GB ({sizes})"
         yield from [*self.remedies()] or ["it fits"]
+
+
+def saved_by_packing(model: torch.nn.Module, size: float) -> int:
+    """Bytes less of a model whose linear maps, but for the LM head, are packed into so many a weight."""
+    head = model.get_output_embeddings()  # type: ignore[operator] # of every PreTrainedModel
+    packed = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    return int(sum(weight.numel() * (weight.element_size() - size) for weight in packed))
 
 
 def free_disk(folder: Path) -> int:
