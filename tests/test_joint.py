@@ -200,8 +200,14 @@ def test_a_set_that_was_killed_before_it_was_compared_is_not_finished(tmp_path: 
     for stage, finished in (({"steps": 2}, False), ({"steps": 2, "before": {}}, True)):
         for layer in run.layers:
             write_yaml(run.settings(layer) | {"joint": stage}, run.layer_folder(layer) / "config.yaml")
+        (tmp_path / "checkpoints" / "step_00000002.pt").touch()
+        run.note_export(2)
         run.forget()
         assert fit.is_finished(run, recipe) == finished
+        (tmp_path / "checkpoints" / "step_00000002.pt").unlink()
+        if not finished:
+            with pytest.raises(UserError, match=r"no checkpoint to go on from: measure it with train/evaluate.py"):
+                fit.is_finished(run, recipe)
 
 
 @pytest.mark.slow

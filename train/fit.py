@@ -137,7 +137,13 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
         return True
     asked, used = ((r.eval_split, r.eval_tokens) for r in (recipe, run.recipe))
     measured = all("before" in joint for layer in run.layers if (joint := run.settings(layer).get("joint")))
-    return asked == used and run.evaluation is not None and measured
+    done = asked == used and run.evaluation is not None and measured
+    if newest is None and not done:  # a fit from its start would go over it
+        raise UserError(
+            f"{run.folder} holds a finished set that is not measured on this held-out text, and no checkpoint to go on "
+            f"from: measure it with train/evaluate.py --transcoders {run.folder}"
+        )
+    return done
 
 
 def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, shard: Shard) -> None:
