@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from bilinear_tc.train import cache
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.recipe import Recipe
+from bilinear_tc.train.recording import Recording, digest_of
 
 SHORT = ("--max_steps", 3, "--layers", 1, "--eval_tokens", 1500)
 
@@ -115,6 +119,20 @@ def test_a_fit_of_something_else_is_refused(tiny_fit, written, held_out, tmp_pat
     assert "holds no activations" in refused(tiny_fit, tmp_path, *held_out, "--activations", nothing)
 
 
+def test_what_another_packing_gave_or_an_earlier_version_wrote_is_refused(neox, tmp_path):
+    recipe = Recipe(activations=str(tmp_path), bos="none")
+    Recording(recipe, neox).note({})
+    packed = Recording(dataclasses.replace(recipe, base_quantization="int8"), neox)
+    with pytest.raises(UserError, match="base_quantization was none, is int8"):
+        packed.check_manifest()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["made_from"]["bos"]
+    manifest["sha256"] = digest_of(manifest["made_from"])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="bos was None, is none"):
+        Recording(recipe, neox).check_manifest()
+
+
 def test_a_base_whose_weights_have_changed_is_refused(tiny_fit, written, held_out, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_fit.base, base)
@@ -128,8 +146,6 @@ def test_a_base_whose_weights_have_changed_is_refused(tiny_fit, written, held_ou
     (folder / "manifest.json").write_text(json.dumps(manifest))
     flags = (*held_out, "--base", base, "--activations", folder)
     assert "its hash is of something else" in refused(tiny_fit, tmp_path, *flags)
-    from bilinear_tc.train.recording import digest_of
-
     manifest["sha256"] = digest_of(manifest["made_from"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "holds other outputs of layer 1's MLP" in refused(tiny_fit, tmp_path, *flags)

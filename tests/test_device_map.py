@@ -59,6 +59,12 @@ def test_auto_places_the_base():
             assert torch.equal(ours, theirs)
 
 
+def test_one_process_alone_has_a_base_over_all_devices(monkeypatch):
+    monkeypatch.setattr("bilinear_tc.train.base.process_count", lambda: 2)
+    with pytest.raises(UserError, match="places one base over all GPUs: expected a single process, got 2"):
+        Base.of_recipe(replace(RECIPE, base_device_map="auto"), torch.device("cpu"))
+
+
 def test_the_bases_type_is_a_setting():
     """bfloat16 weights beside float32 products: the fit's buffers are float32."""
     base = Base.of_recipe(replace(RECIPE, base_dtype="bfloat16"), torch.device("cpu"))

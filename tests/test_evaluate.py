@@ -261,3 +261,7 @@ def test_the_ceiling_is_what_a_fit_to_the_derivative_alone_reaches(tiny_fit, tmp
     for layer, own in cosines["own"].items():
         assert own["jacobian_ceiling"] == pytest.approx(cosines["alone"][layer]["jacobian_cosine"], abs=1e-6)
         assert own["jacobian_ceiling"] > own["jacobian_cosine"]
+    flags = [*flags, "--ceiling", "--output", tmp_path / "failed"]
+    failed = tiny_fit.server.start(evaluate.main, flags, sabotage=["make_a_mistake"]).wait()
+    assert failed.returncode == 1
+    assert "jacobian_cosine" in (tmp_path / "failed" / "evaluation.json").read_text()  # what was measured before it

@@ -27,8 +27,10 @@ from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import Run
 from bilinear_tc.train.text.batches import TokenBatch
+from bilinear_tc.upload import publish
 from bilinear_tc.upload.contexts import Context, Contexts, Spread
 from bilinear_tc.upload.directions import EIGENVECTORS, Asked, alone, read
 from bilinear_tc.upload.explore import ExploreSettings, explore, main
@@ -481,6 +483,25 @@ def test_a_page_of_fifty_directions_stays_under_three_megabytes(tmp_path: Path) 
     assert page.read_text().count("<section") == 50
     assert page.read_text().count('<div class="context">') == 50 * (1 + EIGENVECTORS) * 10
     assert page.stat().st_size < 3e6
+
+
+@pytest.mark.parametrize("said", [{"eval_split": None}, {"trust_remote_code": True, "eval_split": "validation"}])
+def test_pages_of_a_run_that_names_no_text_or_trusts_code(tmp_path: Path, monkeypatch, said: dict[str, Any]) -> None:
+    """The first is refused before anything is asked for; what a run says does not let code run."""
+    run, seen = write_tiny_run(tmp_path / "run"), []
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | said))
+    monkeypatch.setattr(publish, "check_publishable", lambda *_, **__: None)
+    monkeypatch.setattr(publish.HubRepository, "answers", lambda _hub: False)
+
+    def stop(_run: Run, _asked: list[str], held_out: Recipe, _device: torch.device) -> None:
+        seen.append(held_out.trust_remote_code)
+        raise UserError("no further")
+
+    monkeypatch.setattr(publish, "read_set", stop)
+    with pytest.raises(UserError, match=r"no further|run the fit's command again with an --eval_split"):
+        publish.publish(Run(run), publish.Publication(repo_id="tester/set", with_pages=True, dry_run=True))
+    assert seen == ([] if said["eval_split"] is None else [False])
 
 
 @pytest.mark.slow

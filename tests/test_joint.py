@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from bases import tiny_llama, tiny_neox
 from fitting import TinyFit, assert_same_layers, checkpoints, layers, partial
 from safetensors.torch import load
 from test_start import held_out
+from tiny_run import write_tiny_run
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -22,6 +24,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train import fit
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.files import write_yaml
 from bilinear_tc.train.fitting import joint
 from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.fitting.joint import JointFitter, divergence
@@ -156,6 +159,8 @@ def test_a_layer_that_is_nearly_exact_steps_less(monkeypatch: pytest.MonkeyPatch
         ({"finish": "joint", "finish_steps": 0}, "finish_steps must be at least 1, got 0"),
         ({"finish": "joint", "finish_lr": 0.0}, "finish_lr must be a positive number"),
         ({"finish": "joint", "dtype": "float16"}, "use bfloat16"),
+        ({"finish": "joint", "base_dtype": "float16"}, "base_dtype float16 has too small a range"),
+        ({"finish": "joint", "base_device_map": "auto"}, "and --base_device_map none"),
         ({"finish": "joint", "anchor": -1.0}, "anchor must be a finite number of at least 0"),
         ({"from_run": "runs/x"}, "add --finish joint"),
         ({"finish_steps": 3}, "add --finish joint"),
@@ -164,6 +169,11 @@ def test_a_layer_that_is_nearly_exact_steps_less(monkeypatch: pytest.MonkeyPatch
 def test_impossible_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         Recipe(**settings)
+
+
+def test_a_run_whose_layers_were_shared_out_is_finished_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(Recipe(shard="layers").to_dict()))
+    assert parse_recipe(["--finish", "joint", "--from", str(tmp_path)]).shard == "auto"
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +190,24 @@ def finished(tiny_fit: TinyFit, source: Path) -> Path:
 
 def stages(run: Path) -> list[dict[str, Any]]:
     return [yaml.safe_load((run / name / "config.yaml").read_text()) for name in layers(run)]
+
+
+def test_a_set_that_was_killed_before_it_was_compared_is_not_finished(tmp_path: Path) -> None:
+    """Though train/evaluate.py has measured it since."""
+    run = Run(write_tiny_run(tmp_path))
+    recipe = dataclasses.replace(run.recipe, finish="joint", finish_steps=2)
+    run.write_root(recipe.to_dict())
+    for stage, finished in (({"steps": 2}, False), ({"steps": 2, "before": {}}, True)):
+        for layer in run.layers:
+            write_yaml(run.settings(layer) | {"joint": stage}, run.layer_folder(layer) / "config.yaml")
+        (tmp_path / "checkpoints" / "step_00000002.pt").touch()
+        run.note_export(2)
+        run.forget()
+        assert fit.is_finished(run, recipe) == finished
+        (tmp_path / "checkpoints" / "step_00000002.pt").unlink()
+        if not finished:
+            with pytest.raises(UserError, match=r"no checkpoint to go on from: measure it with train/evaluate.py"):
+                fit.is_finished(run, recipe)
 
 
 @pytest.mark.slow
@@ -268,6 +296,16 @@ def test_one_command_does_both_and_keeps_the_layer_wise_run(
     anew = tiny_fit.run(tmp_path, *flags, "--no_resume", "--overwrite", "--layers", 1)
     assert anew.returncode == 0, anew.stderr
     assert sorted(layers(tmp_path)) == sorted(layers(tmp_path / "layer-wise")) == ["layer_1"]
+
+
+@pytest.mark.slow
+def test_a_layer_wise_fit_that_was_cut_short_is_begun_anew(tiny_fit: TinyFit, tmp_path: Path) -> None:
+    flags = ("--finish", "joint", "--finish_steps", 1, "--max_steps", 5)
+    killed = tiny_fit.run(tmp_path, *flags, sabotage=("die_at", "os.rename", ".partial/step_00000004", "0"))
+    assert killed.returncode == -signal.SIGKILL
+    anew = tiny_fit.run(tmp_path, *flags, "--no_resume", "--layers", 1)
+    assert anew.returncode == 0, anew.stderr
+    assert 'subfolder="layer_1"' in anew.stdout
 
 
 @pytest.mark.slow

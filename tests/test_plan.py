@@ -55,15 +55,6 @@ def test_memory_by_kind_is_what_a_fit_has(recipe):
     assert kinds["start, heads"]["moments"] == size(*moments) + shifts
 
 
-def test_layers_shared_out_are_held_by_their_owners_with_all_rows(recipe):
-    device = Device("cpu", 10**9, 2)
-    whole, own = (Plan(replace(recipe, shard=shard), device).memory(2)["steps"] for shard in ("none", "layers"))
-    assert not Plan(recipe, device).shared_out  # both layers fit
-    for kind in ("parameters", "gradients", "momentum"):
-        assert own[kind] == whole[kind] / 2
-    assert own["activations"] == whole["activations"]  # half of the layers, twice the rows
-
-
 def test_operations_are_those_that_a_step_makes(recipe):
     """By part, as torch counts them in a step of the fit, but for attention, which meta tensors spell out."""
     base = Base.of_recipe(recipe, torch.device("cpu"))
@@ -115,6 +106,7 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch, cap
     ("name", "device", "parameters", "fits"),
     [
         ("pythia-410m", "80GB", 405_334_016, True),
+        ("Llama-3.1-8B", "80GB", 8_030_261_248, False),
         ("Llama-3.1-8B", "8x80GB", 8_030_261_248, True),  # shared out
         ("gemma-2-9b", "80GB", 9_241_705_984, False),
     ],
@@ -145,6 +137,34 @@ def test_a_device_that_nothing_fits_on(recipe):
     assert next(plan.remedies()).endswith("run with --base_device_map auto")
     roomy = Device("cuda", plan.base_bytes * 2, 1)
     assert "run with a lower --batch_size" in next(Plan(recipe, roomy).remedies())
+
+
+def test_layers_that_are_shared_out(recipe):
+    """Half of them, with all rows; and the base's passes tell of all."""
+    two = Device("cuda", 10**9, 2)
+    whole, half = (Plan(replace(recipe, shard=shard, dtype="float32"), two) for shard in ("none", "layers"))
+    kept, shared = whole.memory(2), half.memory(2)
+    for phase, kinds in shared.items():
+        for kind in ("parameters", "gradients", "momentum", "moments", "MLPs' copies"):
+            assert 2 * kinds.get(kind, 0) == kept[phase].get(kind, 0)
+        assert kinds["base"] == kept[phase]["base"]
+    assert shared["steps"]["activations"] == kept["steps"]["activations"]
+    assert 2 * shared["evaluation"]["activations"] == kept["evaluation"]["activations"]
+    between = replace(two, memory=int((whole.peak(2) + half.peak(2)) / 2 / 0.92))
+    assert "run with --shard layers" in next(Plan(replace(recipe, dtype="float32"), between).remedies())
+    assert [*Plan(replace(recipe, shard="layers", dtype="float32"), between).remedies()] == []
+
+
+def test_what_other_stages_and_bases_change(recipe):
+    plain = Plan(recipe, CPU)
+    joint = "\n".join(Plan(replace(recipe, finish="joint"), CPU).lines())
+    assert "--finish joint, which holds all layers on each device, is not counted" in joint
+    assert Plan(replace(recipe, activations="cache"), CPU).flops["base forward"] == 0 < plain.flops["base forward"]
+    linear = [m for m in plain.base.blocks.modules() if isinstance(m, torch.nn.Linear)]
+    packed = Plan(replace(recipe, base_quantization="int8"), CPU)
+    assert plain.base_bytes - packed.base_bytes == 3 * sum(m.weight.numel() for m in linear)
+    nothing = Plan(replace(recipe, base_device_map="auto"), Device("cuda", 10**5, 1))
+    assert "run with --base_device_map auto" not in next(nothing.remedies())
 
 
 def test_devices():

@@ -41,6 +41,7 @@ from bilinear_tc.train.mlps import (
     short_pass,
     without_residual,
 )
+from bilinear_tc.train.processes import process_count
 from bilinear_tc.train.recipe import Recipe
 
 Visit = Callable[[int, Tensor, Tensor], None]  # of a layer, its MLP's input and its output
@@ -207,6 +208,11 @@ class Base:
     @classmethod
     def of_recipe(cls, recipe: Recipe, device: torch.device, layers: Sequence[int] | None = None) -> Base:
         """The base that a recipe names, in the type that it computes in; `layers` default to the recipe's."""
+        if recipe.base_device_map != "none" and process_count() > 1:
+            raise UserError(
+                f"--base_device_map {recipe.base_device_map} places one base over all GPUs: expected a single process, "
+                f"got {process_count()}; start one, with --num_processes 1"
+            )
         return cls.load(
             recipe.base,
             revision=recipe.base_revision,

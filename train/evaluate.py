@@ -88,10 +88,11 @@ def evaluate(settings: EvaluationSettings) -> None:
         loss_tokens=loss_tokens,
         shard=shard,
     )
-    if settings.ceiling:
-        evaluation = with_ceiling(evaluation, recipe, base, held_out, settings.batch_size)
     target = Run(settings.output or (settings.transcoders if run.is_folder else "."))
     on_main(lambda: target.write_evaluation(evaluation))
+    if settings.ceiling:
+        evaluation = with_ceiling(evaluation, recipe, base, held_out, settings.batch_size)
+        on_main(lambda: target.write_evaluation(evaluation))
     tables = [fit_table(evaluation), *([loss_table(evaluation)] if loss_tokens else [])]
     on_main(lambda: print(*tables, f"wrote {target.folder / EVALUATION}", sep="\n\n"))
 

@@ -8,6 +8,7 @@ Every field of the recipe is a flag (`--help` lists them); a flag outranks the r
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -85,6 +86,7 @@ def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
             source = None
             if recipe.finish == "joint":
                 source = Run(recipe.from_run) if recipe.from_run else fit_run(layer_wise(place, recipe), accelerator)
+                gc.collect()  # the parts that the first stage compiled refer to themselves, and hold its base
                 on_main(lambda: check_source(source, recipe))
                 recipe = on_main(lambda: settled(recipe, source))
             base = Base.of_recipe(recipe, accelerator.device)
@@ -109,7 +111,7 @@ def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         if place.folder != run.folder:
             on_main(lambda: place.folder.rename(run.folder / READY))
             on_main(lambda: take_over(run.folder))
-            run.forget()
+        run.forget()
     return run
 
 
@@ -134,7 +136,14 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     if recipe.eval_split is None:
         return True
     asked, used = ((r.eval_split, r.eval_tokens) for r in (recipe, run.recipe))
-    return asked == used and run.evaluation is not None
+    measured = all("before" in joint for layer in run.layers if (joint := run.settings(layer).get("joint")))
+    done = asked == used and run.evaluation is not None and measured
+    if newest is None and not done:  # a fit from its start would go over it
+        raise UserError(
+            f"{run.folder} holds a finished set that is not measured on this held-out text, and no checkpoint to go on "
+            f"from: measure it with train/evaluate.py --transcoders {run.folder}"
+        )
+    return done
 
 
 def fit_layers(run: Run, recipe: Recipe, base: Base, accelerator: Accelerator, shard: Shard) -> None:

@@ -24,7 +24,7 @@ from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import KEPT
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting.closed_form import MICRO_ROWS, ActivationFit, set_units, unit_derivatives, units
-from bilinear_tc.train.fitting.fitter import CPU_ROWS, choose_micro_batch_size, make_transcoders
+from bilinear_tc.train.fitting.fitter import CPU_ROWS, choose_micro_batch_size, layer_bytes, make_transcoders
 from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
 from bilinear_tc.train.fitting.least_squares import LeastSquares
 from bilinear_tc.train.fitting.mlp_weights import MLPWeights, roles_of
@@ -41,6 +41,7 @@ GB = 10**9
 AT_MOST = 0.92  # of a device: what its allocator leaves unusable between blocks is the rest
 CONTEXT = 6 * 10**8  # bytes that CUDA and its libraries take on a device
 TEXT_BYTES = 80  # that tokenizing takes a character of a piece of text
+PACKED = {"int8": 1, "nf4": 0.5 + 4 / 64}  # bytes a weight, with nf4's scale of each 64
 PHASES = ("start, units", "start, heads", "steps", "evaluation")
 
 
@@ -76,17 +77,18 @@ class Plan:
     Args:
         recipe: the fit.
         device: where it is to run.
-        shared_out: whether each process holds layers of its own, with all rows; default: as the recipe's `shard` says,
-            whose `auto` shares out what would not fit otherwise.
     """
 
-    def __init__(self, recipe: Recipe, device: Device, shared_out: bool | None = None) -> None:
+    def __init__(self, recipe: Recipe, device: Device) -> None:
         self.device, self.dtype = device, recipe.compute_dtype(torch.device(device.type))
         with Tally():
             computed: Any = str(self.dtype)[6:]
-            self.base = Base.of_recipe(dataclasses.replace(recipe, dtype=computed), META)
+            as_computed = dataclasses.replace(recipe, dtype=computed, base_quantization="none")
+            self.base = Base.of_recipe(as_computed, META)
             self.base_parameters = sum(p.numel() for p in self.base.model.parameters())
             self.base_bytes = self.base.model.get_memory_footprint()
+            if recipe.base_quantization != "none":
+                self.base_bytes -= saved_by_packing(self.base.model, PACKED[recipe.base_quantization])
             self.base.stop_after_last_layer()
         self.layers = len(self.base.layers)
         share = -(-recipe.batch_size // device.processes)
@@ -95,13 +97,16 @@ class Plan:
             where = torch.device(device.type)
             chosen = choose_micro_batch_size(recipe, self.base, share, where, self.dtype, free)
             recipe = dataclasses.replace(recipe, micro_batch_size=chosen)
-        self.recipe, self.batch_rows = recipe, recipe.batch_size * recipe.seq_len
-        if shared_out is None:
-            shared_out = recipe.shard == "layers" and device.processes > 1
-            if recipe.shard == "auto" and 1 < device.processes <= self.layers:
-                whole = Plan(recipe, device, shared_out=False)
-                shared_out = whole.peak(self.layers) > whole.room
-        self.shared_out, self.rows = shared_out, self.batch_rows if shared_out else share * recipe.seq_len
+        row = (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
+        needed = self.layers * (layer_bytes(recipe, self.base) + share * recipe.seq_len * row)
+        asked = {
+            "none": False,
+            "layers": True,
+            "auto": needed > device.memory - self.base_bytes - CONTEXT,
+        }  # as the fit
+        self.shared_out = asked[recipe.shard] and recipe.finish == "none" and 1 < device.processes <= self.layers
+        self.recipe, self.rows = recipe, (recipe.batch_size if self.shared_out else share) * recipe.seq_len
+        self.batch_rows = recipe.batch_size * recipe.seq_len
         with META:
             self.transcoder: BilinearTC = make_transcoders(recipe, self.base, META)[0]
         self.parameters = sum(p.numel() for p in self.transcoder.parameters())
@@ -228,46 +233,46 @@ class Plan:
     # What they add up to
 
     def memory(self, layers: int) -> dict[str, dict[str, int]]:
-        """Bytes on each process by phase of the fit, then by kind, for so many layers under fit."""
-        work, layers = self.work(layers), self.owned(layers)
-        state = 4 * layers * self.parameters
+        """Bytes on each process by phase of the fit, then by kind, for so many layers, shared out or not."""
+        owned = -(-layers // self.device.processes) if self.shared_out else layers
+        state, work = 4 * owned * self.parameters, self.work(layers)
         ends = (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize + 5  # weight and mark of each row
-        fit = {"base": self.base_bytes, "activations": layers * self.rows * ends, "parameters": state}
-        biases = 4 * layers * sum(p.numel() for p in self.transcoder.parameters() if p.ndim == 1)
+        fit = {"base": self.base_bytes, "activations": owned * self.rows * ends, "parameters": state}
+        biases = 4 * owned * sum(p.numel() for p in self.transcoder.parameters() if p.ndim == 1)
         adam = self.recipe.optimizer == "adamw"
         momentum = 2 * state if adam else state + biases
         copies = 0  # of the MLPs, which the sums and derivatives read
         if self.mlp is not None:
             maps = (self.mlp.gate, self.mlp.down, *([self.mlp.up] if self.mlp.up else []))
-            copies = layers * sum(m.weight.numel() for m in maps) * (self.dtype != torch.float32)
+            copies = owned * sum(m.weight.numel() for m in maps) * (self.dtype != torch.float32)
         jvp = copies * self.dtype.itemsize * bool(self.recipe.jvp)
         phases: dict[str, dict[str, int]] = {}
         if self.recipe.init == "mlp":
-            moments = {"gradients": state}, layers * self.unit_sums.left, layers * self.head_sums.left
+            moments = {"gradients": state}, owned * self.unit_sums.left, owned * self.head_sums.left
             phases["start, units"] = fit | moments[0] | {"moments": moments[1], "MLPs' copies": 4 * copies}
             phases["start, heads"] = fit | moments[0] | {"moments": moments[2], "MLPs' copies": jvp}
         if self.recipe.max_steps:
             phases["steps"] = fit | {"gradients": state, "momentum": momentum, "MLPs' copies": jvp}
         if self.recipe.eval_split is not None:
-            everywhere = layers * self.batch_rows * ends
-            phases["evaluation"] = fit | {"activations": everywhere, "parameters": 2 * 4 * layers * self.parameters}
+            everywhere = owned * self.batch_rows * ends
+            phases["evaluation"] = fit | {"activations": everywhere, "parameters": 2 * 4 * owned * self.parameters}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
             kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process
         return phases
 
-    def owned(self, layers: int) -> int:
-        """Of so many layers under fit, those that a process holds."""
-        return -(-layers // self.device.processes) if self.shared_out else layers
-
     def work(self, layers: int) -> dict[str, int]:
         """Bytes at most by phase that no later work needs."""
-        base, orthogonalized = self.pass_of_base.peak, self.orthogonalized
-        if self.shared_out:  # rows of all layers, on their way out and in
-            rows = (self.recipe.micro_batch_size or 1) * self.recipe.seq_len
-            base += 2 * layers * rows * (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
-        at_once = -(-layers // self.device.processes)
-        newton_schulz = self.owned(layers) * orthogonalized.left + 2 * at_once * orthogonalized.peak
+        base, owned = self.pass_of_base.peak, layers
+        if self.shared_out:  # what a pass tells of all layers, as it is sent and as it is received
+            owned, tokens = (
+                -(-layers // self.device.processes),
+                (self.recipe.micro_batch_size or 1) * self.recipe.seq_len,
+            )
+            base += 2 * layers * tokens * (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
+        newton_schulz = owned * self.orthogonalized.left + 2 * -(-layers // self.device.processes) * (
+            self.orthogonalized.peak
+        )
         stepping = max(self.statistics.peak, self.gradients.peak, self.derivative.peak, newton_schulz)
         starts = (self.unit_sums.peak, self.head_sums.peak)
         peaks = (max(starts[0], self.statistics.peak), max(starts[1], self.derivative.peak), stepping, self.measured)
@@ -293,7 +298,7 @@ class Plan:
         """Operations of a step, over all processes, by part."""
         sequences = self.recipe.batch_size / (self.recipe.micro_batch_size or 1)
         return {
-            "base forward": sequences * self.pass_of_base.flops,
+            "base forward": sequences * self.pass_of_base.flops * (self.recipe.activations is None),
             "gradients": self.layers * self.gradients.flops * self.batch_rows / self.micro_rows,
             "jvp": self.layers * self.derivative.flops * self.recipe.batch_size * self.recipe.seq_len / self.rows,
             "Newton–Schulz": self.layers * self.orthogonalized.flops * (self.recipe.optimizer != "adamw"),
@@ -322,9 +327,9 @@ class Plan:
                 f"does not fit: {worst} takes {sum(kinds.values()) / GB:.1f} GB of the {self.room / GB:.1f} GB usable"
             )
             most = max((n for n in range(1, self.layers + 1) if self.peak(n) <= self.room), default=0)
-            shared = (
-                None if self.shared_out or self.device.processes == 1 else Plan(recipe, self.device, shared_out=True)
-            )
+            shared: Plan | None = None
+            if recipe.finish == "none" and not self.shared_out and 1 < self.device.processes <= self.layers:
+                shared = Plan(dataclasses.replace(recipe, shard="layers"), self.device)
             if shared is not None and shared.peak(self.layers) <= self.room:
                 yield f"{said}; run with --shard layers ({shared.peak(self.layers) / GB:.1f} GB)"
             elif most:
@@ -333,6 +338,8 @@ class Plan:
                 names = [f"{p[0]}-{p[-1]}" if p[-1] - p[0] == len(p) - 1 else ",".join(map(str, p)) for p in parts]
                 yield f"{said}; run {len(parts)} fits, of at most {most} layers ({self.peak(most) / GB:.1f} GB):"
                 yield from (f"  --layers {name} --output_dir {folder}/{name}" for name in names)
+            elif self.base_bytes > self.room and recipe.base_device_map == "auto":
+                yield f"{said}, the base counted whole: how much of it stays on the device is Accelerate's to say"
             elif self.base_bytes > self.room:
                 yield f"{said}, the base alone {self.base_bytes / GB:.1f}; run with --base_device_map auto"
             else:
@@ -352,6 +359,8 @@ class Plan:
         start = -(-recipe.init_tokens // step) * step if recipe.init == "mlp" else 0
         held_out = 0 if recipe.eval_split is None else recipe.eval_tokens
         yield f"tokens: start {start:,}; {recipe.max_steps:,} steps × {step:,}; held out {held_out:,}"
+        if recipe.finish == "joint":
+            yield "this is of the layer-wise fit: --finish joint, which holds all layers on each device, is not counted"
         holds = ", each with layers of its own" if self.shared_out else ""
         products = f"products in {str(self.dtype)[6:]}, {recipe.micro_batch_size} sequences at once"
         yield f"on {self.device}{holds}, {products}"
@@ -369,6 +378,13 @@ class Plan:
         sizes = ", ".join(f"{what} {size / GB:.3f}" for what, size in self.disk.items())
         yield f"\ndisk: {sum(self.disk.values()) / GB:.3f} GB ({sizes})"
         yield from [*self.remedies()] or ["it fits"]
+
+
+def saved_by_packing(model: torch.nn.Module, size: float) -> int:
+    """Bytes less of a model whose linear maps, but for the LM head, are packed into so many a weight."""
+    head = model.get_output_embeddings()  # type: ignore[operator] # of every PreTrainedModel
+    packed = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    return int(sum(weight.numel() * (weight.element_size() - size) for weight in packed))
 
 
 def free_disk(folder: Path) -> int:

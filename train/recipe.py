@@ -217,14 +217,15 @@ class Recipe:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)}")
         if self.finish == "none" and (self.from_run or self.finish_steps):
             raise UserError("finish_steps and from_run are of the joint finish: add --finish joint, or leave them out")
-        if self.finish == "joint" and self.dtype == "float16":
-            raise UserError("dtype float16 has too small a range for --finish joint's gradients: use bfloat16")
+        for name in ("dtype", "base_dtype"):
+            if self.finish == "joint" and getattr(self, name) == "float16":
+                raise UserError(f"{name} float16 has too small a range for --finish joint's gradients: use bfloat16")
         if self.finish == "joint" and self.shard == "layers":
             raise UserError("--finish joint needs all layers in every process: leave --shard layers out")
         if self.finish == "joint" and (self.activations or self.base_device_map != "none"):
             raise UserError(
-                "--finish joint runs the base itself, whole on each device: leave --activations and --base_device_map "
-                "out"
+                "--finish joint runs the base itself, whole on each device: expected no --activations, and "
+                "--base_device_map none"
             )
         if from_mlp and self.form != "bilinear":
             raise UserError(f"init mlp can start the bilinear form only, got form {self.form}; use --init random")
@@ -355,7 +356,7 @@ def parse_command(arguments: list[str] | None = None) -> tuple[Recipe, str | Non
         raise UserError(f"--from {source} holds no recipe.yaml: expected a finished run, as train/fit.py writes it")
     settings = read_settings(path)
     if source is not None:
-        settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True}
+        settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True, "shard": "auto"}
     parser.set_defaults(**settings)
     parser.add_argument(
         "--plan",

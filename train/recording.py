@@ -31,8 +31,8 @@ MANIFEST = "manifest.json"
 FIT, HELD_OUT = "fit", "held_out"
 # what activations depend on, and which sequences there are, beside the layers
 MADE_FROM = (
-    *("base", "base_revision", "mlp_path", "dataset", "dataset_config", "split", "text_column", "skip_bad_rows"),
-    *("seq_len", "batch_size", "pack", "bos", "shuffle_buffer", "seed"),
+    *("base", "base_revision", "base_quantization", "mlp_path", "dataset", "dataset_config", "split", "text_column"),
+    *("skip_bad_rows", "seq_len", "batch_size", "pack", "bos", "shuffle_buffer", "seed"),
 )
 SAME = 0.02  # how far the base's activations may be from recorded ones, as a share of these: rounding
 
@@ -152,7 +152,9 @@ class Recording:
             raise UserError(f"{self.folder / MANIFEST} is not readable ({one_line(error)}): write it anew") from error
         free = {"eval_split"} if self.recipe.eval_split is None and not exactly else set()
         now = {name: value for name, value in self.made_from.items() if name not in free}
-        differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
+        differing = [
+            f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value
+        ]
         lacking = sorted({*self.base.layers} - {*layers})
         if lacking or (exactly and layers != self.base.layers):
             differing.append(f"layers were {layers}, are {self.base.layers}")
@@ -167,10 +169,10 @@ class Recording:
     def check_base(self) -> None:
         """UserError if the base does not say what is recorded, on one sequence: its weights may have changed since."""
         with opened(next(self.folder.glob("*.safetensors"))) as file:
-            ids = file.get_slice("input_ids")[:1].long()
+            ids = file.get_slice("input_ids")[:1].long().to(self.base.device)
         recorded: dict[int, Tensor] = {}
         self.replay(ids, lambda layer, _x, y: recorded.update({layer: y}))
-        for layer, (_, true) in self.base.activations(ids.to(self.base.device)).items():
+        for layer, (_, true) in self.base.activations(ids).items():
             there = recorded[layer].float()
             if not (true.float() - there).norm() <= SAME * there.norm():
                 raise UserError(

@@ -69,6 +69,9 @@ class Publication:
         default=None, metadata={"help": "Type of the published weights; by default as in the run."}
     )
     with_pt: bool = field(default=False, metadata={"help": "Add each layer's checkpoint in the earlier .pt layout."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that lies beside the base, as --with_pages needs of some bases."}
+    )
     with_pages: bool = field(
         default=False,
         metadata={
@@ -109,6 +112,11 @@ def publish(run: Run, settings: Publication) -> State | None:
         UserError: the run is not fit to publish, its folder cannot be written, or the Hub refused or does not hold
             what was sent.
     """
+    if settings.with_pages and run.recipe.eval_split is None:
+        raise UserError(
+            "--with_pages reads held-out text, and the run names none: run the fit's command again with an "
+            "--eval_split, which measures the set too, or leave --with_pages out"
+        )
     keep_layers = settings.allow_partial and not settings.overwrite
     hub = HubRepository(
         settings.repo_id, settings.revision, keep_layers=keep_layers, attempts=1 if settings.dry_run else 5
@@ -120,7 +128,13 @@ def publish(run: Run, settings: Publication) -> State | None:
     read = None
     if settings.with_pages:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        read = read_set(run, ["top"], dataclasses.replace(run.recipe, layers=None, dtype="float32"), device)
+        held_out = dataclasses.replace(
+            run.recipe,
+            layers=None,
+            dtype="float32",
+            trust_remote_code=settings.trust_remote_code,  # a set of somebody else's must not say so
+        )
+        read = read_set(run, ["top"], held_out, device)
     folder = build_repository(
         run,
         run.folder / FOLDER,
