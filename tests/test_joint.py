@@ -354,5 +354,7 @@ def test_a_run_that_is_not_finished_or_lacks_layers_is_refused(tiny_fit: TinyFit
     (tmp_path / "source" / "layer_0" / "model.safetensors").write_bytes(b"")
     (error,) = tiny_fit.run(tmp_path / "c", *FINISH, "--from", tmp_path / "source", "--layers", 0).errors
     assert "is no finished run of a layer-wise fit" in error
+    (error,) = tiny_fit.run(source, *FINISH).errors
+    assert error.endswith(f"holds a layer-wise fit: go on from it with --from {source}")
     (error,) = tiny_fit.run(source, *FINISH, "--from", source, "--no_resume", "--overwrite").errors
     assert "is the output_dir too: name another --output_dir" in error

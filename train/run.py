@@ -267,6 +267,8 @@ class Run:
         recipe = dataclasses.replace(recipe, **left)
         now = {name: value for name, value in recipe.to_dict().items() if name not in FREE_SETTINGS}
         differing = [f"{name} was {before[name]}, is {value}" for name, value in now.items() if before[name] != value]
+        if before["finish"] == "none" != recipe.finish:
+            raise UserError(f"{self.folder} holds a layer-wise fit: go on from it with --from {self.folder}")
         if differing:
             raise UserError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(differing)}): give the same settings to "
