@@ -46,7 +46,10 @@ def test_the_command_prints_ratios_that_follow_from_its_figures(monkeypatch, cap
     total = sum(float(seconds) for _, seconds, _ in phases)
     for _, seconds, share in phases:
         assert float(share) == pytest.approx(100 * float(seconds) / total, abs=1)
-    step = float(re.search(r"a step: ([\d.]+) s", printed)[1])
+    step, share = map(float, re.search(r"a step: ([\d.]+) s, .* ([\d.]+)% of the product's", printed).groups())
+    arithmetic = float(re.search(r"at the product's rate: ([\d.]+) s", printed)[1])
+    assert arithmetic == pytest.approx(step * share / 100, rel=0.1, abs=0.01 * step + 0.001)
+    assert re.search(r"^the first step, what it compiles included: [\d.]+ s$", printed, re.MULTILINE)
     for_all = float(re.search(r"([\d.]+) s for all$", printed, re.MULTILINE)[1])
     times = float(re.search(r"all layers in one pass are ([\d.]+) times faster", printed)[1])
     assert times == pytest.approx(for_all / step, rel=0.1, abs=0.1)

@@ -130,9 +130,7 @@ def test_a_direction_depends_on_the_step_and_the_rows_place_in_the_global_batch_
         whole = [alone.draw(0, x[alone.rows], ones, ones)[0] for _layer in (0, 1)]
         for rank, rows in enumerate((x[:9], x[9:])):
             monkeypatch.setattr("bilinear_tc.train.fitting.tangents.process_index", lambda rank=rank: rank)
-            monkeypatch.setattr(
-                "bilinear_tc.train.fitting.tangents.gather_over_processes", lambda _: torch.tensor([9, 13])
-            )
+            monkeypatch.setattr("bilinear_tc.train.fitting.tangents.counts_over_processes", lambda *_: [9, 13])
             share = Tangents(neox, 0, torch.float32)
             share.mlps = alone.mlps
             share.begin(step, SimpleNamespace(rows=len(rows)))

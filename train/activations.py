@@ -11,7 +11,7 @@ from torch import Tensor
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.massive import massive, row_weights
 from bilinear_tc.train.moments import Moments
-from bilinear_tc.train.processes import sum_over_processes
+from bilinear_tc.train.processes import counts_over_processes
 from bilinear_tc.train.shard import Shard
 from bilinear_tc.train.text.batches import TokenBatch
 
@@ -113,7 +113,7 @@ class Activations:
 
     def count(self) -> int:
         """Rows of all processes."""
-        return int(sum_over_processes(torch.tensor(float(self.rows), dtype=torch.float64, device=self._x.device)))
+        return sum(counts_over_processes(self.rows, self._x.device))
 
     def moments(self) -> tuple[Moments, Moments]:
         """Moments [layers, features] of this process's inputs and outputs, over the ordinary rows."""

@@ -128,11 +128,13 @@ def check_finite(
 ) -> None:
     """Raises NotFiniteError, naming the first layer and when, if the moments show a NaN or an infinity; on all
     processes, if `gather` makes numbers of all layers [layers] from those of the layers that the moments are of."""
-    for what, moments in (("input", inputs), ("output", outputs)):
-        bad = gather((~moments.deviation.isfinite()).any(-1).float()).tolist()
-        if any(bad):
+    finite = torch.stack([moments.deviation.isfinite().all(-1) for moments in (inputs, outputs)], -1).float()
+    for what, of_layers in zip(
+        ("input", "output"), gather(finite).T.tolist(), strict=True
+    ):  # the device is awaited once
+        if not all(of_layers):
             raise NotFiniteError(
-                f"the MLP {what} of layer {layers[bad.index(1)]} holds a NaN or an infinity at {when}: expected "
+                f"the MLP {what} of layer {layers[of_layers.index(0)]} holds a NaN or an infinity at {when}: expected "
                 "finite activations; check the base's weights and its dtype (--dtype float32 is the safest)"
             )
 

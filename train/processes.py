@@ -94,13 +94,22 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return total
 
 
+def counts_over_processes(count: int, device: torch.device) -> list[int]:
+    """What each process counts, in their order; they must ask together. One process alone waits for no device."""
+    if process_count() == 1:
+        return [count]
+    counts = torch.zeros(process_count(), dtype=torch.long, device=device)
+    counts[process_index()] = count
+    return sum_over_processes(counts).tolist()
+
+
 def gather_over_processes(rows: Tensor) -> Tensor:
     """The rows (first axis) of all processes, which must ask together, in the order of the processes."""
-    counts = torch.zeros(process_count(), dtype=torch.long, device=rows.device)
-    counts[process_index()] = len(rows)
-    counts = sum_over_processes(counts)
-    first = int(counts[: process_index()].sum())
-    everything = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+    if process_count() == 1:
+        return rows
+    counts = counts_over_processes(len(rows), rows.device)
+    first = sum(counts[: process_index()])
+    everything = rows.new_zeros(sum(counts), *rows.shape[1:])
     everything[first : first + len(rows)] = rows
     return sum_over_processes(everything)
 

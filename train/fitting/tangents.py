@@ -8,7 +8,7 @@ from torch import Tensor
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights
-from bilinear_tc.train.processes import gather_over_processes, process_index
+from bilinear_tc.train.processes import counts_over_processes, process_index
 
 SHARE = 4  # one row in so many has a direction: a step then costs about a third more
 
@@ -35,8 +35,8 @@ class Tangents:
         for index, layer in enumerate([] if self.mlps else self.base.layers):
             x, y = (of[index][:READ_ROWS] for of in (activations.x, activations.y))
             self.mlps.append(MLPWeights.read(self.base, layer, x, y).to(self.dtype))
-        counts = gather_over_processes(torch.tensor([rows], device=self.device))
-        before, everywhere = int(counts[: process_index()].sum()), int(counts.sum())
+        counts = counts_over_processes(rows, self.device)
+        before, everywhere = sum(counts[: process_index()]), sum(counts)
         first = (step - before) % SHARE
         self.rows = slice(first, rows, SHARE)
         self.count = len(range(step % SHARE, everywhere, SHARE))  # over all processes
