@@ -192,5 +192,6 @@ def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit:
         told = {event.step: event.value for event in events.Scalars(f"fvu/{name}")}
         assert [told[step] for step in range(1, len(curve) + 1)] == pytest.approx(curve, rel=1e-6)
     means = {event.step: event.value for event in events.Scalars("mean_fvu")}
-    expected = [sum(values) / 2 for values in zip(*histories.values(), strict=True)]
+    both = zip(*histories.values(), strict=False)  # of two processes, one is killed as it writes its layer, or before
+    expected = [sum(values) / 2 for values in both]
     assert [means[step] for step in range(1, len(expected) + 1)] == pytest.approx(expected, rel=1e-6)

@@ -90,9 +90,9 @@ def test_the_run_holds_what_the_readme_says(quickstart_run):
 
     recipe = replace(parse_recipe(["--recipe", "quickstart", "--output_dir", str(run)]), bos="none")  # as found
     assert Recipe(**read_settings(run / "recipe.yaml")) == recipe
-    checkpoints = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
-    assert len(checkpoints) == 2
-    assert checkpoints[-1] == f"step_{recipe.max_steps:08d}.pt"
+    checkpoints = {path.name for path in (run / "checkpoints").glob("*.pt")}
+    kept = [f"step_{step:08d}" for step in (recipe.max_steps - recipe.checkpoint_every, recipe.max_steps)]
+    assert checkpoints == {f"{name}{of}.pt" for name in kept for of in ("", *(f".{layer}" for layer in LAYERS))}
 
     for layer in LAYERS:
         described = yaml.safe_load((run / f"layer_{layer}" / "config.yaml").read_text())
@@ -126,6 +126,7 @@ import sys
 from pathlib import Path
 from bilinear_tc.configuration_bilinear_tc import BilinearTCConfig
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
+from bilinear_tc.train.layer_settings import layer_settings
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.run import HISTORY_COLUMNS, Run
 
@@ -134,7 +135,8 @@ run, recipe = Path(sys.argv[1]), Recipe(base="mod\\u00e8le")
 run = Run(run)
 run.begin(recipe)
 transcoder = BilinearTC(BilinearTCConfig(2, 2, 2, base_model=recipe.base, layer_index=0))
-run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], [{"fit": {"steps": 0}}], 0)
+settings = layer_settings(transcoder.config, recipe, {"steps": 0})
+run.write_layers([transcoder], [{name: [] for name in HISTORY_COLUMNS}], [settings], 0)
 """
 
 

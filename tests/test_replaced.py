@@ -38,8 +38,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
             patch.delitem(sys.modules, name)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+        patch.setattr(sys, "path", [modules, *sys.path])  # before the cache of other tests in this process
         yield
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
             del sys.modules[name]

@@ -38,7 +38,9 @@ class Continuing:
 
     def __init__(self, base: Base, transcoders: Sequence[BilinearTC]) -> None:
         self.base, self.transcoders = base, transcoders
-        positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 2 * TOKENS
+        config = base.model.config.get_text_config()  # MPT names its positions otherwise
+        known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+        positions = next(filter(None, known), 2 * TOKENS)
         self._length, self._new = min(TOKENS, positions // 2), min(TOKENS, positions - positions // 2)
         self._prompts: list[Tensor] = []
 

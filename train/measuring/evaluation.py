@@ -130,6 +130,7 @@ NEEDED = ("fvu", "variance_explained")
 TABLES = ("worst_channel", "error_quantiles", "error_by_position", "interchange")
 CONTINUED = ("prompts", "prompt_tokens", "tokens", "same_median", "same_mean")
 WORDS = ("model", "prompt", "base", "replaced")  # what has a text in place of a number
+NUMBERS = {f.name for kind in (LossScores, Continuations, LayerScores) for f in fields(kind)} - {*TABLES, *WORDS}
 SUMMARIES = [f.name for f in fields(LayerScores) if f.name not in TABLES and not f.name.endswith("_se")]
 
 
@@ -244,7 +245,7 @@ def _score_problems(name: str, scores: Any, needed: Sequence[str]) -> Iterator[s
     if not isinstance(scores, dict):
         yield f"{name} must hold scores by name, got {type(scores).__name__}"
         return
-    tables = {key: value for key, value in scores.items() if isinstance(value, dict) and key not in SUMMARIES}
+    tables = {key: value for key, value in scores.items() if isinstance(value, dict) and key not in NUMBERS}
     for key, table in tables.items():
         yield from _number_problems(f"{key} of {name}", table, ("index", "share") if key == "worst_channel" else ())
     yield from (f"{key} of {name} must hold numbers by name" for key in TABLES if key in {*scores} - {*tables})
