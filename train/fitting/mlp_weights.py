@@ -118,14 +118,20 @@ def value_and_slope(act: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor,
             return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
 
-def plain(module: nn.Module) -> Tensor:
-    """The numbers of a linear map's weight, which bitsandbytes keeps packed, in 8 bits or 4."""
-    weight = cast(Tensor, module.weight).detach()
-    if type(module.weight).__name__ not in ("Int8Params", "Params4bit"):
-        return weight
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+def is_packed(module: nn.Module) -> bool:
+    """Whether bitsandbytes keeps a linear map's weight in 8 bits or 4."""
+    return type(getattr(module, "weight", None)).__name__ in ("Int8Params", "Params4bit")
 
-    return dequantize_bnb_weight(cast(nn.Parameter, module.weight), getattr(module, "state", None)).detach()
+
+def plain(module: nn.Linear | Conv1D) -> Tensor:
+    """The numbers of a linear map's weight; of a packed one by what the map makes of unit vectors, since in what order
+    they are packed depends on the device."""
+    if not is_packed(module):
+        return module.weight.detach()
+    units = torch.eye(cast(nn.Linear, module).in_features, dtype=torch.float16, device=module.weight.device)
+    no_bias = {} if module.bias is None else {"bias": torch.zeros_like(module.bias)}
+    with torch.no_grad():
+        return cast(Tensor, torch.func.functional_call(module, no_bias, (units,))).T
 
 
 def roles_of(

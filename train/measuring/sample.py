@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bilinear_tc.train.base import Base
-from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights
+from bilinear_tc.train.fitting.mlp_weights import READ_ROWS, MLPWeights, is_packed
 from bilinear_tc.train.massive import massive
 from bilinear_tc.train.processes import gather_over_processes
 from bilinear_tc.train.shard import Shard
@@ -148,7 +148,8 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
 
 def as_map(sample: Sample, index: int) -> Callable[[Tensor], Tensor]:
     """A layer's MLP as the map of rows [rows, n_inputs] to rows [rows, n_outputs], float32, whatever type it computes
-    in. UserError if it is no module, and its weights cannot be read.
+    in. UserError if it is no module, or rounds its inputs to 8 bits, which has no derivative, and its weights cannot be
+    read.
 
     Args:
         sample: tokens that have been taken.
@@ -156,7 +157,7 @@ def as_map(sample: Sample, index: int) -> Callable[[Tensor], Tensor]:
     """
     layer = sample.base.layers[index]
     site = sample.base.site(layer)
-    if site.enter is site.leave:
+    if site.enter is site.leave and not any(map(is_packed, sample.base.parts(layer))):
         return lambda x: site.enter(x.to(sample.base.model.dtype)[None])[0].float()
     x, y = (of[index, :READ_ROWS] for of in (sample.inputs, sample.outputs))
     return MLPWeights.read(sample.base, layer, x, y)
