@@ -309,8 +309,10 @@ def test_a_layer_wise_fit_that_was_cut_short_is_begun_anew(tiny_fit: TinyFit, tm
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(tiny_fit: TinyFit, source: Path, finished: Path, tmp_path: Path) -> None:
-    for process in tiny_fit.start_processes(2, tmp_path, *held_out(tiny_fit), *FINISH, "--from", source):
+def test_two_processes_end_where_one_does_both_stages_in_one_command(
+    tiny_fit: TinyFit, finished: Path, tmp_path: Path
+) -> None:
+    for process in tiny_fit.start_processes(2, tmp_path, *held_out(tiny_fit), *FINISH):
         ended = process.wait()
         assert ended.returncode == 0, ended.stderr
     for name, (weights, history) in layers(tmp_path).items():
