@@ -13,6 +13,7 @@ from bases import tiny_gpt2, tiny_llama, tiny_neox
 from forking import ForkServer
 from torch import Tensor, nn
 
+from bilinear_tc import modeling_bilinear_tc
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
@@ -236,6 +237,7 @@ def test_the_low_variance_share_agrees_with_a_plain_computation(neox):
         expected += [sum((axis @ vectors[:, k].real) ** 2 for axis in tail) for k in top]
     found = low_variance_share(transcoder, covariances.covariance(0), directions)
     assert found == pytest.approx((sum(expected) / len(expected)).item(), rel=1e-3)
+    assert transcoder not in modeling_bilinear_tc._WEIGHTS  # its float64 weights, three times a layer of a set
 
 
 def sequential_neox():

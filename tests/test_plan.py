@@ -28,7 +28,9 @@ CPU = Device("cpu", 10**9, 1)
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     base = write_base(tmp_path / "base")
-    return Recipe(base=str(base), dataset="python-stdlib", batch_size=4, seq_len=32, init_tokens=128, max_steps=2)
+    return Recipe(
+        base=str(base), dataset="python-stdlib", batch_size=4, seq_len=32, init_tokens=128, max_steps=2, eval_tokens=128
+    )
 
 
 def size(*tensors: torch.Tensor) -> int:

@@ -31,6 +31,7 @@ from bilinear_tc.train.fitting.mlp_weights import MLPWeights, roles_of
 from bilinear_tc.train.fitting.muon import newton_schulz
 from bilinear_tc.train.fitting.tangents import SHARE
 from bilinear_tc.train.measuring.replacement import LOGITS
+from bilinear_tc.train.measuring.sample import ONE_IN, READ
 from bilinear_tc.train.moments import Covariances, Moments
 from bilinear_tc.train.processes import process_count
 from bilinear_tc.train.recipe import Recipe
@@ -230,6 +231,14 @@ class Plan:
 
         return Cost.of(work).peak
 
+    @property
+    def sample(self) -> int:
+        """Bytes of the tokens that derivatives and interchanges are measured on, while they are taken: what a pass
+        leaves, what earlier passes left, and both together."""
+        rows = self.layers * (self.base.n_inputs + self.base.n_outputs)
+        stream = 3 * len(self.base.blocks) * self.base.n_inputs
+        return 3 * (min(READ, self.recipe.eval_tokens) // ONE_IN) * (rows + stream) * self.dtype.itemsize
+
     # What they add up to
 
     def memory(self, layers: int) -> dict[str, dict[str, int]]:
@@ -255,7 +264,7 @@ class Plan:
             phases["steps"] = fit | {"gradients": state, "momentum": momentum, "MLPs' copies": jvp}
         if self.recipe.eval_split is not None:
             everywhere = owned * self.batch_rows * ends
-            phases["evaluation"] = fit | {"activations": everywhere, "parameters": 2 * 4 * owned * self.parameters}
+            phases["evaluation"] = fit | {"activations": everywhere, "start, or sample": max(state, self.sample)}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
             kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process

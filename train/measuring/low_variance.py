@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ def low_variance_share(transcoder: BilinearTC, covariance: Tensor, directions: T
     """
     variances, vectors = torch.linalg.eigh(covariance)
     tail = vectors[:, variances.cumsum(0) <= TAIL * variances.sum()]
-    tops = transcoder.spectrum(directions.to(covariance.device), EIGENVECTORS, metric="euclidean").eigenvectors.to(tail)
+    alone = copy.copy(transcoder)  # the float64 weights that it reads are forgotten with it
+    tops = alone.spectrum(directions.to(covariance.device), EIGENVECTORS, metric="euclidean").eigenvectors.to(tail)
     return (tail.T @ tops).square().sum(-2).mean().item()
 
 
