@@ -42,6 +42,7 @@ GB = 10**9
 AT_MOST = 0.92  # of a device: what its allocator leaves unusable between blocks is the rest
 CONTEXT = 6 * 10**8  # bytes that CUDA and its libraries take on a device
 TEXT_BYTES = 80  # that tokenizing takes a character of a piece of text
+LIBRARIES = 5 * 10**7  # bytes of linear algebra and derivatives, which a process maps at their first use
 PACKED = {"int8": 1, "nf4": 0.5 + 4 / 64}  # bytes a weight, with nf4's scale of each 64
 PHASES = ("start, units", "start, heads", "steps", "evaluation")
 
@@ -267,7 +268,8 @@ class Plan:
             phases["evaluation"] = fit | {"activations": everywhere, "start, or sample": max(state, self.sample)}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
-            kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process
+            texts = 1 + (phase == "evaluation")  # the held-out one comes beside the fit's
+            kinds["Python, CUDA" if self.device.type == "cuda" else "Python, text"] = self.process(texts)
         return phases
 
     def work(self, layers: int) -> dict[str, int]:
@@ -288,11 +290,15 @@ class Plan:
         return dict(zip(PHASES, (max(base, peak) for peak in peaks), strict=True))
 
     @cached_property
-    def process(self) -> int:
-        """Bytes of a process without tensors: on a CPU what this one, which has imported the same, takes, and text."""
+    def imported(self) -> int:
+        """Bytes that this process takes, which has imported what a fit imports."""
+        return psutil.Process().memory_info().rss
+
+    def process(self, texts: int) -> int:
+        """Bytes of a process without tensors, which reads so many texts."""
         if self.device.type == "cuda":
             return CONTEXT
-        return psutil.Process().memory_info().rss + PIECE_CHARACTERS * TEXT_BYTES + self.pool
+        return self.imported + LIBRARIES + texts * PIECE_CHARACTERS * TEXT_BYTES + self.pool
 
     @property
     def pool(self) -> int:
