@@ -234,11 +234,10 @@ class Plan:
 
     @property
     def sample(self) -> int:
-        """Bytes of the tokens that derivatives and interchanges are measured on, while they are taken: what a pass
-        leaves, what earlier passes left, and both together."""
+        """Bytes of the tokens that derivatives and interchanges are measured on, in parts and joined."""
         rows = self.layers * (self.base.n_inputs + self.base.n_outputs)
         stream = 3 * len(self.base.blocks) * self.base.n_inputs
-        return 3 * (min(READ, self.recipe.eval_tokens) // ONE_IN) * (rows + stream) * self.dtype.itemsize
+        return 2 * (min(READ, self.recipe.eval_tokens) // ONE_IN) * (rows + stream) * self.dtype.itemsize
 
     # What they add up to
 
