@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,6 +22,7 @@ from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.checkpoint import KEPT
 from bilinear_tc.train.errors import UserError
+from bilinear_tc.train.files import free_disk
 from bilinear_tc.train.fitting.closed_form import MICRO_ROWS, ActivationFit, set_units, unit_derivatives, units
 from bilinear_tc.train.fitting.fitter import CPU_ROWS, choose_micro_batch_size, layer_bytes, make_transcoders
 from bilinear_tc.train.fitting.gradients import error_and_gradients, tangent_error_and_gradients
@@ -101,11 +101,8 @@ class Plan:
             recipe = dataclasses.replace(recipe, micro_batch_size=chosen)
         row = (self.base.n_inputs + self.base.n_outputs) * self.dtype.itemsize
         needed = self.layers * (layer_bytes(recipe, self.base) + share * recipe.seq_len * row)
-        asked = {
-            "none": False,
-            "layers": True,
-            "auto": needed > device.memory - self.base_bytes - CONTEXT,
-        }  # as the fit
+        beyond = needed > device.memory - self.base_bytes - CONTEXT
+        asked = {"none": False, "layers": True, "auto": beyond}  # as the fit
         self.shared_out = asked[recipe.shard] and recipe.finish == "none" and 1 < device.processes <= self.layers
         self.recipe, self.rows = recipe, (recipe.batch_size if self.shared_out else share) * recipe.seq_len
         self.batch_rows = recipe.batch_size * recipe.seq_len
@@ -399,8 +396,3 @@ def saved_by_packing(model: torch.nn.Module, size: float) -> int:
     head = model.get_output_embeddings()  # type: ignore[operator] # of every PreTrainedModel
     packed = (m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
     return int(sum(weight.numel() * (weight.element_size() - size) for weight in packed))
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is, or will be."""
-    return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilinear_tc.train.base import Base, Visit
 from bilinear_tc.train.errors import StorageError, UserError, one_line
-from bilinear_tc.train.files import PARTIAL, read_json, write_json, written_whole
+from bilinear_tc.train.files import PARTIAL, free_disk, read_json, write_json, written_whole
 from bilinear_tc.train.processes import process_count, process_index
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.text.batches import TokenBatch
@@ -80,7 +80,7 @@ class Recording:
         if (self.folder / MANIFEST).is_file():
             self.check_manifest(exactly=True)
         there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        missing, free = max(0, self.bytes_needed - there), shutil.disk_usage(self.folder).free
+        missing, free = max(0, self.bytes_needed - there), free_disk(self.folder)
         if missing > free:
             raise StorageError(
                 f"{self.folder} needs {missing / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free: name "
