@@ -229,10 +229,9 @@ class Plan:
 
         return Cost.of(work).peak
 
-    @property
-    def sample(self) -> int:
+    def sample(self, layers: int) -> int:
         """Bytes of the tokens that derivatives and interchanges are measured on, in parts and joined."""
-        rows = self.layers * (self.base.n_inputs + self.base.n_outputs)
+        rows = layers * (self.base.n_inputs + self.base.n_outputs)
         stream = 3 * len(self.base.blocks) * self.base.n_inputs
         return 2 * (min(READ, self.recipe.eval_tokens) // ONE_IN) * (rows + stream) * self.dtype.itemsize
 
@@ -260,8 +259,8 @@ class Plan:
         if self.recipe.max_steps:
             phases["steps"] = fit | {"gradients": state, "momentum": momentum, "MLPs' copies": jvp}
         if self.recipe.eval_split is not None:
-            everywhere = owned * self.batch_rows * ends
-            phases["evaluation"] = fit | {"activations": everywhere, "start, or sample": max(state, self.sample)}
+            beside = max(state, self.sample(layers))
+            phases["evaluation"] = fit | {"activations": owned * self.batch_rows * ends, "start, or sample": beside}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
             texts = 1 + (phase == "evaluation")  # the held-out one comes beside the fit's

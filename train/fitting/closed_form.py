@@ -222,7 +222,7 @@ def set_all_units(stack: Stack, base: Base, calibration: Iterable[Activations]) 
         whole, gather = activations.base, activations.shard.gather
         check_finite(inputs, outputs, whole.layers, "the calibration sample", gather)
         stack.inputs, stack.outputs = stack.inputs.merge(inputs), stack.outputs.merge(outputs)
-        large = [Moments.of(x, ~ordinary) for x, ordinary in zip(activations.x, activations.ordinary, strict=True)]
+        large = [Moments.of(x[~ordinary]) for x, ordinary in zip(activations.x, activations.ordinary, strict=True)]
         massive = massive.merge(Moments.stack(large).over_processes())
         covariances = covariances or Covariances(inputs.mean)
         for index, layer in enumerate(base.layers):
