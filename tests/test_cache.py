@@ -20,6 +20,7 @@ from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.recipe import Recipe
 from bilinear_tc.train.recording import Recording, digest_of
 
+pytestmark = pytest.mark.slow  # all fit, or record a base
 SHORT = ("--max_steps", 3, "--layers", 1, "--eval_tokens", 1500)
 
 

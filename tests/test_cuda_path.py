@@ -171,7 +171,8 @@ def switches(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("pythia-410m", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "pythia-410m"])
 def test_what_a_step_waits_for(fork_server, switches, name):
     config = {**CONFIGS["pythia-410m"], **(TINY if name == "tiny" else {})}
     ended = fork_server.start(run_steps, [json.dumps(config), switches]).wait()

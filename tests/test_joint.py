@@ -262,6 +262,12 @@ def test_a_set_that_its_steps_harm_is_put_back_whole(tiny_fit: TinyFit, source: 
     assert tiny_fit.run(tmp_path, *flags).returncode == 0
     assert [of_layer["joint"]["kept"] for of_layer in stages(tmp_path)] == ["start", "start"]
     assert stages(tmp_path)[0]["joint"]["after"] == worse
+    elsewhere = tiny_fit.run(tmp_path, *flags, "--eval_tokens", 4224)  # and of another text there is no measure of it
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "after" not in stages(tmp_path)[0]["joint"]
+    assert [line.split()[0] for line in elsewhere.stdout.splitlines() if line.startswith(("before", "after"))] == [
+        "before"
+    ]
 
 
 @pytest.mark.slow

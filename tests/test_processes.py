@@ -180,6 +180,7 @@ def test_accelerate_launch_starts_them_tells_the_tracker_and_ends_them(tiny_fit:
         launched.kill()
     assert launched.returncode != 0
     assert f"error: {LOST}" in printed, printed
+    assert "Warning" not in printed, printed
     assert_loads(run)
 
     facts = yaml.safe_load((run / "layer_0" / "config.yaml").read_text())["fit"]

@@ -20,6 +20,7 @@ from transformers import GPTNeoXForCausalLM
 from bilinear_tc.train import evaluate
 from bilinear_tc.train.activations import Activations
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.fitting import fitter
 from bilinear_tc.train.processes import process_count, process_index, start_accelerator
 from bilinear_tc.train.recipe import Recipe
@@ -97,6 +98,18 @@ def test_layers_are_shared_out_where_all_would_not_fit(monkeypatch: pytest.Monke
         told = "each process holds layers of its own" if expected else "each process holds all layers"
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(f"{told}: 0.0 GiB for all 3, ")
+
+
+def test_a_joint_finish_without_room_for_all_layers_is_refused(monkeypatch: pytest.MonkeyPatch, neox: Base) -> None:
+    """A layer of width 16 and 64 units: 3,072 weights, as they were before a step too, gradients and momenta; and 24
+    rows of 16 + 16 numbers."""
+    room = 3 * (4 * 4 * 3072 + 24 * 32 * 4)
+    recipe = Recipe(finish="joint", batch_size=3, seq_len=8)
+    monkeypatch.setattr(fitter, "free_memory", lambda _device: room)
+    assert not fitter.choose_shard(recipe, neox, CPU).shared_out
+    monkeypatch.setattr(fitter, "free_memory", lambda _device: room - 1)
+    with pytest.raises(UserError, match=r"--finish joint holds all .*: expected 0\.0 GiB free for 3"):
+        fitter.choose_shard(recipe, neox, CPU)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ from bilinear_tc.train.processes import on_main
 from bilinear_tc.train.recipe import FINISH, Recipe
 from bilinear_tc.train.run import LAYER_FILES, LAYER_WISE, Run
 from bilinear_tc.train.shard import Shard
-from bilinear_tc.train.start import held_out_fvu, put_back, start_of
+from bilinear_tc.train.start import held_out_fvu, put_back, same_text, start_of
 from bilinear_tc.train.text.source import open_held_out
 
 # What the finish must have in common with the fit before it.
 SHARED = ("base", "base_revision", "mlp_path", "form", "hidden_multiplier", "bias", "init", "max_steps", "bos")
+STATES = ("before", "after")  # a set that was put back and is measured on another text has no second one
 COLUMNS: Columns = {
     "ce_increase": ("CE increase, all replaced", ".4f"),
     "kl": ("KL, all replaced", ".4f"),
@@ -105,11 +106,14 @@ def measure_finish(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
         for layer, *of_layer in zip(base.layers, *fvus, strict=True):
             settings = run.settings(layer)
             joint, gone = settings["joint"], settings["joint"].get("kept") == "start"
+            then = joint.get("before", {}).get("mean_fvu")
             pair = [{**of_set, "fvu": fvu} for of_set, fvu in zip((before, after), of_layer, strict=True)]
             back = gone or not after["kl"] <= before["kl"]
             joint |= {"kept": "start" if back else "end", "before": pair[0]}
-            if not gone:  # else it is measured anew, and its end is not there any more
+            if not gone:
                 joint["after"] = pair[1]
+            elif not same_text(then, before["mean_fvu"]):  # and its end is not there any more
+                joint.pop("after", None)
             put_back(run, layer, settings, of_start=back)
         run.forget()
         run.note_export(recipe.finish_steps or 0)
@@ -133,7 +137,7 @@ def replaced_losses(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: 
 
 def finish_table(joint: Mapping[str, Any]) -> str:
     """The table of a set before and after its joint finish, from the `joint` of a layer's config.yaml."""
-    rows = {name: joint[name] for name in ("before", "after")}
+    rows = {name: joint[name] for name in STATES if name in joint}
     return "\n".join(["joint finish, held out:", table("", COLUMNS, rows), *finish_remarks(joint)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -43,15 +44,22 @@ def keep_the_better(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
     def keep() -> None:
         for layer, fvu_start, fvu_end in zip(base.layers, before, after, strict=True):
             settings = run.settings(layer)
-            facts = {"kept": "start" if fvu_start < fvu_end else "end", "fvu_start": fvu_start, "fvu_end": fvu_end}
-            if settings["fit"].get("kept") == "start":  # measured anew: its end is not there any more
-                facts = {"kept": "start", "fvu_start": fvu_start}
-            settings["fit"] |= facts
+            fit = settings["fit"]
+            if fit.get("kept") != "start":
+                fit |= {"kept": "start" if fvu_start < fvu_end else "end", "fvu_end": fvu_end}
+            elif not same_text(fit.get("fvu_start"), fvu_start):  # and its end is not there any more
+                fit.pop("fvu_end", None)
+            fit["fvu_start"] = fvu_start
             put_back(run, layer, settings, of_start=fvu_start < fvu_end)
         run.forget()
         run.note_export(recipe.max_steps)
 
     on_main(keep)
+
+
+def same_text(then: float | None, now: float) -> bool:
+    """Whether two measures of one state are of one text: rounding and the number of processes change less of them."""
+    return then is not None and math.isclose(then, now, rel_tol=1e-5)
 
 
 def put_back(run: Run, layer: int, settings: dict[str, Any], *, of_start: bool) -> None:

@@ -19,7 +19,7 @@ from bilinear_tc.modeling_bilinear_tc import STATISTICS
 from bilinear_tc.train import run as files
 from bilinear_tc.train.errors import UserError, one_line
 from bilinear_tc.train.files import written_whole
-from bilinear_tc.train.finish import COLUMNS, finish_remarks
+from bilinear_tc.train.finish import COLUMNS, STATES, finish_remarks
 from bilinear_tc.train.measuring.evaluation import Evaluation
 from bilinear_tc.train.run import Run
 from bilinear_tc.upload import tables
@@ -206,7 +206,8 @@ def before_and_after(joint: Mapping[str, Any]) -> list[list[str]]:
     """The rows of the table of a set before and after its joint finish."""
     cells = [
         [name, *(format(joint[name][score], form) for score, (_, form) in COLUMNS.items())]
-        for name in ("before", "after")
+        for name in STATES
+        if name in joint
     ]
     return [["joint finish", *(heading for heading, _ in COLUMNS.values())], *cells]
 

@@ -305,10 +305,8 @@ def even_part(share: int, most: int) -> int:
 
 def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
     """Which layers are this process's own, as `shard` asks. UserError if it asks to share out fewer than there are
-    processes."""
+    processes, or if a joint finish, whose layers are all in the base at once, has no room for them."""
     layers, processes = len(base.layers), process_count()
-    if recipe.finish == "joint":  # all are in the base at once
-        return Shard(layers)
     if recipe.shard == "layers" and processes > layers:
         raise UserError(
             f"--shard layers gives each process layers of its own: expected at most {layers} processes for {layers} "
@@ -317,8 +315,16 @@ def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
     row = (base.n_inputs + base.n_outputs) * recipe.compute_dtype(device).itemsize
     rows = -(-recipe.batch_size // processes) * recipe.seq_len
     needed, free = layers * (layer_bytes(recipe, base) + rows * row), free_memory(device)
+    if joint := recipe.finish == "joint":
+        needed += layers * parameter_bytes(recipe, base)  # as they were before a step
     too_large = any(on_all(lambda: needed > free))
-    shard = Shard(layers, recipe.shard == "layers" or (recipe.shard == "auto" and too_large and processes <= layers))
+    if joint and too_large:
+        raise UserError(
+            f"--finish joint holds all layers on each device: expected {needed / 2**30:.1f} GiB free for {layers} "
+            f"layers, got {free / 2**30:.1f}; name fewer with --layers"
+        )
+    auto = recipe.shard == "auto" and too_large and processes <= layers
+    shard = Shard(layers, recipe.shard == "layers" or auto)
     if processes > 1 and is_main():
         print(
             f"{'each process holds layers of its own' if shard.shared_out else 'each process holds all layers'}: "
@@ -330,11 +336,16 @@ def choose_shard(recipe: Recipe, base: Base, device: torch.device) -> Shard:
 def layer_bytes(recipe: Recipe, base: Base) -> int:
     """Bytes of a layer under fit, activations apart: parameters, gradients and the optimizer's state or, if it takes
     more, the closed form's normal equations in place of that state."""
-    hidden = recipe.n_hidden(base.n_inputs)
-    entering = 2 * base.n_inputs if recipe.form == "bilinear" else base.n_inputs
-    parameters = 4 * hidden * (entering + base.n_outputs)
-    equations = 8 * hidden * (hidden + base.n_outputs) if recipe.init == "mlp" else 0
+    hidden, parameters = recipe.n_hidden(base.n_inputs), parameter_bytes(recipe, base)
+    solves = recipe.init == "mlp" and recipe.finish == "none"
+    equations = 8 * hidden * (hidden + base.n_outputs) if solves else 0
     return 2 * parameters + max(parameters * (2 if recipe.optimizer == "adamw" else 1), equations)
+
+
+def parameter_bytes(recipe: Recipe, base: Base) -> int:
+    """Bytes of a layer's matrices, in float32."""
+    entering = 2 * base.n_inputs if recipe.form == "bilinear" else base.n_inputs
+    return 4 * recipe.n_hidden(base.n_inputs) * (entering + base.n_outputs)
 
 
 def free_memory(device: torch.device) -> int:

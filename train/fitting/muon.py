@@ -217,8 +217,9 @@ class Muon(torch.optim.Optimizer):
         # A collective takes equal counts: the last shares are filled up, and the surplus is cut off the end.
         own = torch.cat([own, own.new_zeros(share - len(own), *own.shape[1:])])
         everyone = own.new_empty(processes * share, *own.shape[1:])
-        gathering = dist.all_gather_into_tensor(everyone, own, async_op=True)
-        return everyone[:matrices], gathering
+        # torch 2.13 gave it a new name, and warns of the old one
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return everyone[:matrices], gather(everyone, own, async_op=True)
 
     def _momentum(self, momentum: float, params: list[Tensor], first: int, *, out: Tensor) -> None:
         """Advances every param's momentum; writes the normalized updates of the matrices from `first` on to `out`."""

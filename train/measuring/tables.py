@@ -45,7 +45,8 @@ def fit_table(evaluation: Evaluation, fits: Mapping[int, Mapping[str, Any]] = Ma
     rows["mean"] = means | {"fvu_start": fmean(starts.values()) if starts else None}
     title = f"held-out text: {evaluation.tokens:,} tokens of {evaluation.dataset} ({evaluation.split})"
     kept = [
-        f"layer {layer} is as the fit began with it: its steps ended with a higher FVU, {fit['fvu_end']:.4f}"
+        f"layer {layer} is as the fit began with it: its steps ended with a higher FVU"
+        + (f", {fit['fvu_end']:.4f}" if "fvu_end" in fit else "")
         for layer, fit in fits.items()
         if fit.get("kept") == "start"
     ]
