@@ -149,9 +149,8 @@ def test_layers_that_are_shared_out(recipe):
     for phase, kinds in shared.items():
         for kind in ("parameters", "gradients", "momentum", "moments", "MLPs' copies"):
             assert 2 * kinds.get(kind, 0) == kept[phase].get(kind, 0)
-        assert kinds["base"] == kept[phase]["base"]
-    assert shared["steps"]["activations"] == kept["steps"]["activations"]
-    assert 2 * shared["evaluation"]["activations"] == kept["evaluation"]["activations"]
+        for kind in ("base", "activations"):  # half the layers, but all rows
+            assert kinds[kind] == kept[phase][kind]
     between = replace(two, memory=int((whole.peak(2) + half.peak(2)) / 2 / 0.92))
     assert "run with --shard layers" in next(Plan(replace(recipe, dtype="float32"), between).remedies())
     assert [*Plan(replace(recipe, shard="layers", dtype="float32"), between).remedies()] == []

@@ -79,6 +79,9 @@ def test_every_layer_has_one_owner_and_shares_differ_by_one_at_most(monkeypatch:
                 owned.append(Shard(layers, shared_out=True).own)
             assert [layer for own in owned for layer in own] == list(range(layers))
             assert max(map(len, owned)) - min(map(len, owned)) <= 1
+            most = max((rank + 1) * 7 // count - rank * 7 // count for rank in range(count))  # of 7 sequences
+            assert Shard(layers).sequences(7) == most
+            assert Shard(layers, shared_out=True).sequences(7) == (most if count == 1 else 7)
 
 
 def test_layers_are_shared_out_where_all_would_not_fit(monkeypatch: pytest.MonkeyPatch, neox: Base, capsys) -> None:

@@ -260,7 +260,7 @@ class Plan:
             phases["steps"] = fit | {"gradients": state, "momentum": momentum, "MLPs' copies": jvp}
         if self.recipe.eval_split is not None:
             beside = max(state, self.sample(layers))
-            phases["evaluation"] = fit | {"activations": owned * self.batch_rows * ends, "start, or sample": beside}
+            phases["evaluation"] = fit | {"start, or sample": beside}
         for phase, kinds in phases.items():
             kinds["at work"] = work[phase]
             texts = 1 + (phase == "evaluation")  # the held-out one comes beside the fit's

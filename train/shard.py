@@ -45,6 +45,10 @@ class Shard:
         """While the context lasts, what is summed over processes is this one's own: it has all rows of its layers."""
         return alone() if self.shared_out else nullcontext()
 
+    def sequences(self, batch_size: int) -> int:
+        """The most sequences of a batch whose rows this process holds: its share or, of its own layers, all."""
+        return batch_size if self.shared_out else -(-batch_size // process_count())
+
     def of(self, base: Base) -> Base:
         """The base as that of this process's layers alone."""
         own = copy.copy(base)

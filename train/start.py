@@ -74,7 +74,7 @@ def put_back(run: Run, layer: int, settings: dict[str, Any], *, of_start: bool) 
 def held_out_fvu(sets: Sequence[Sequence[BilinearTC]], recipe: Recipe, base: Base, shard: Shard) -> Tensor:
     """FVU [sets, layers] of several sets on the recipe's held-out text, in one pass of the base, given the transcoders
     of this process's layers."""
-    device, rows = base.device, recipe.batch_size * recipe.seq_len
+    device, rows = base.device, shard.sequences(recipe.batch_size) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
     shape = (len(shard.own), base.n_outputs)
     errors = torch.zeros(len(sets), *shape, dtype=torch.float64, device=device)

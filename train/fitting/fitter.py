@@ -69,7 +69,7 @@ class Fitter:
         transcoders = make_transcoders(recipe, base, device, self.shard.own)
         self.stack = Stack(transcoders, dtype=dtype, compile=compiled)
         share = -(-recipe.batch_size // process_count())
-        rows = (recipe.batch_size if self.shard.shared_out else share) * recipe.seq_len
+        rows = self.shard.sequences(recipe.batch_size) * recipe.seq_len
         self.activations = Activations(base, rows, device=device, dtype=dtype, compile=compiled, shard=self.shard)
         self.micro_batch_size = recipe.micro_batch_size or choose_micro_batch_size(recipe, base, share, device, dtype)
         self.optimizers = make_optimizers(recipe, self.stack)

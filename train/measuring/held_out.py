@@ -59,8 +59,8 @@ def measure_held_out(
         raise UserError(NOTHING_TO_PREDICT)
     check_held_out(held_out, recipe)
     device = base.device
-    rows = max(recipe.batch_size, batch_size) * recipe.seq_len
     shard = shard or Shard(len(base.layers))
+    rows = shard.sequences(max(recipe.batch_size, batch_size)) * recipe.seq_len
     activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
     own = transcoders[shard.own.start : shard.own.stop] if losses else transcoders
     solved_on = -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))  # fewer would flatter what is compared
