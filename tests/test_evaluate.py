@@ -229,8 +229,20 @@ def test_a_folder_without_transcoders_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_set_is_not_measured_on_a_file_that_it_was_fitted_on(tiny_fit, tmp_path):
+    """Though its recipe holds nothing out; said before the base is loaded."""
+    recipe = Recipe(base="/nowhere", dataset=str(tiny_fit.text / "shard-[0-4].jsonl"), eval_split=None)
+    Run(tmp_path).write_root(recipe.to_dict())
+    (tmp_path / "layer_0").mkdir()
+    for shard, sentence in ((2, "shard-2.jsonl, which the fit is on: name another --split"), (5, "base '/nowhere'")):
+        flags = ["--transcoders", tmp_path, "--split", tiny_fit.text / f"shard-{shard}.jsonl"]
+        (said,) = tiny_fit.server.start(evaluate.main, flags).wait().errors
+        assert sentence in said
+
+
+@pytest.mark.slow
 def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_path):
-    run = tiny_fit.reference("--max_steps", 1)
+    run = tiny_fit.reference("--max_steps", 1, "--dataset", tiny_fit.text / "shard-[0-4].jsonl")
     split = sorted(tiny_fit.text.iterdir())[-1]
     flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--output", tmp_path]
     printed = []
@@ -251,8 +263,9 @@ def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_pa
 @pytest.mark.slow
 def test_the_ceiling_is_what_a_fit_to_the_derivative_alone_reaches(tiny_fit, tmp_path):
     split = sorted(tiny_fit.text.iterdir())[-1]
-    cosines = {}
-    for name, run in (("own", tiny_fit.reference("--jvp", 0)), ("alone", tiny_fit.reference("--jvp", 10000))):
+    cosines, dataset = {}, ("--dataset", tiny_fit.text / "shard-[0-4].jsonl")
+    for name, jvp in (("own", 0), ("alone", 10000)):
+        run = tiny_fit.reference("--jvp", jvp, *dataset)
         flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--loss_tokens", 0]
         more = ["--ceiling"] if name == "own" else []
         finished = tiny_fit.server.start(evaluate.main, [*flags, *more, "--output", tmp_path / name]).wait()
