@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -238,6 +239,18 @@ def test_a_set_is_not_measured_on_a_file_that_it_was_fitted_on(tiny_fit, tmp_pat
         flags = ["--transcoders", tmp_path, "--split", tiny_fit.text / f"shard-{shard}.jsonl"]
         (said,) = tiny_fit.server.start(evaluate.main, flags).wait().errors
         assert sentence in said
+
+
+@pytest.mark.slow
+def test_a_token_that_the_base_has_not_is_said(tiny_fit, tmp_path):
+    """Of the text that the affine maps are solved on, which comes before the one held out."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_fit.reference("--max_steps", 1, "--dataset", tiny_fit.text / "shard-[0-4].jsonl"), run)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("bos: none", "bos: '99999'"))
+    finished = tiny_fit.server.start(evaluate.main, ["--transcoders", run, "--split", tiny_fit.text / "shard-5.jsonl"])
+    said = "error: expected the base's own tokenizer, got the token 99999 for an embedding of 2048 rows"
+    assert finished.wait().errors == [said]
 
 
 @pytest.mark.slow

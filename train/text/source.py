@@ -85,7 +85,7 @@ class SharedBatches(Iterator[TokenBatch], AbstractContextManager):
 
 
 def check_text(recipe: Recipe, held_out: Recipe | None = None) -> None:
-    """Raises TextError if the text to fit on, or the text held out, cannot be had, or they share a file: before the base
+    """Raises TextError if the text to fit on, or that held out, cannot be had, or they share a file: before the base
     is loaded. The second is the recipe's own or, of a set that has been fitted, that of `held_out`."""
     fitted, measured = _documents(recipe, recipe.split), held_out or recipe
     if measured.eval_split is None:
