@@ -106,6 +106,32 @@ def test_processes_write_their_shares(tiny_fit, held_out, tmp_path):
     assert finished.returncode == 0, finished.stderr
 
 
+def test_a_process_may_have_no_sequence_of_a_batch(tiny_fit, held_out, tmp_path):
+    """Of one sequence a batch one process has none; two that read it measure what one does that runs the base."""
+    flags = (*held_out, "--batch_size", 1, "--no_pack", "--init_tokens", 256, "--eval_tokens", 256)
+    finished = write(tiny_fit, tmp_path / "two", *flags, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    for process in tiny_fit.start_processes(2, tmp_path / "run", *flags, "--activations", tmp_path / "two"):
+        assert (finished := process.wait()).returncode == 0, finished.stderr
+    runs = (tmp_path / "run", tiny_fit.reference(*flags))
+    ours, theirs = (json.loads((run / "evaluation.json").read_text())["layers"]["1"] for run in runs)
+    for name in ("fvu", "fvu_raw", "fvu_linear", "jacobian_cosine"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def test_a_token_that_the_base_has_not_is_said(tiny_fit, held_out, tmp_path):
+    """As by a fit."""
+    finished = write(tiny_fit, tmp_path / "cache", *held_out, "--bos", 99999)
+    said = "error: expected the base's own tokenizer, got the token 99999 for an embedding of 2048 rows"
+    assert finished.errors == [said]
+
+
+def test_a_cache_whose_files_are_gone_is_refused(tiny_fit, written, held_out, tmp_path):
+    shutil.copytree(written, tmp_path / "cache", ignore=shutil.ignore_patterns("*.safetensors"))
+    said = refused(tiny_fit, tmp_path, *held_out, "--activations", tmp_path / "cache")
+    assert "holds a manifest.json alone: expected activations beside it; write it anew" in said
+
+
 def test_a_fit_of_something_else_is_refused(tiny_fit, written, held_out, tmp_path):
     for more, said in (
         (("--seq_len", 16), "seq_len was 32, is 16"),

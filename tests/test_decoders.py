@@ -199,6 +199,13 @@ def test_layers_of_unlike_widths_are_refused(neox: Base) -> None:
         Base(model, tokenizer=None)
 
 
+def test_a_base_that_is_told_of_later_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As BERT is by itself: the padding of --no_pack would be read, and the next token known."""
+    monkeypatch.setitem(decoders.DECODERS, "bert", {"is_decoder": False})
+    with pytest.raises(UserError, match=r"bert.encoder.layer.0.* is told of later tokens: expected a causal decoder"):
+        decoders.open_base("bert")
+
+
 def test_a_layer_that_the_pass_never_comes_to_is_refused(neox: Base) -> None:
     model = neox.model
     model.gpt_neox.layers[1].forward = lambda x, **_: x

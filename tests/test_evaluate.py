@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -229,8 +230,32 @@ def test_a_folder_without_transcoders_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_set_is_not_measured_on_a_file_that_it_was_fitted_on(tiny_fit, tmp_path):
+    """Though its recipe holds nothing out; said before the base is loaded."""
+    recipe = Recipe(base="/nowhere", dataset=str(tiny_fit.text / "shard-[0-4].jsonl"), eval_split=None)
+    Run(tmp_path).write_root(recipe.to_dict())
+    (tmp_path / "layer_0").mkdir()
+    for shard, sentence in ((2, "shard-2.jsonl, which the fit is on: name another --split"), (5, "base '/nowhere'")):
+        flags = ["--transcoders", tmp_path, "--split", tiny_fit.text / f"shard-{shard}.jsonl"]
+        (said,) = tiny_fit.server.start(evaluate.main, flags).wait().errors
+        assert sentence in said
+
+
+@pytest.mark.slow
+def test_a_token_that_the_base_has_not_is_said(tiny_fit, tmp_path):
+    """Of the text that the affine maps are solved on, which comes before the one held out."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_fit.reference("--max_steps", 1, "--dataset", tiny_fit.text / "shard-[0-4].jsonl"), run)
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("bos: none", "bos: '99999'"))
+    finished = tiny_fit.server.start(evaluate.main, ["--transcoders", run, "--split", tiny_fit.text / "shard-5.jsonl"])
+    said = "error: expected the base's own tokenizer, got the token 99999 for an embedding of 2048 rows"
+    assert finished.wait().errors == [said]
+
+
+@pytest.mark.slow
 def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_path):
-    run = tiny_fit.reference("--max_steps", 1)
+    run = tiny_fit.reference("--max_steps", 1, "--dataset", tiny_fit.text / "shard-[0-4].jsonl")
     split = sorted(tiny_fit.text.iterdir())[-1]
     flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--output", tmp_path]
     printed = []
@@ -251,8 +276,9 @@ def test_losses_are_measured_on_as_many_tokens_as_are_asked_for(tiny_fit, tmp_pa
 @pytest.mark.slow
 def test_the_ceiling_is_what_a_fit_to_the_derivative_alone_reaches(tiny_fit, tmp_path):
     split = sorted(tiny_fit.text.iterdir())[-1]
-    cosines = {}
-    for name, run in (("own", tiny_fit.reference("--jvp", 0)), ("alone", tiny_fit.reference("--jvp", 10000))):
+    cosines, dataset = {}, ("--dataset", tiny_fit.text / "shard-[0-4].jsonl")
+    for name, jvp in (("own", 0), ("alone", 10000)):
+        run = tiny_fit.reference("--jvp", jvp, *dataset)
         flags = ["--transcoders", run, "--split", split, "--tokens", 1000, "--batch_size", 4, "--loss_tokens", 0]
         more = ["--ceiling"] if name == "own" else []
         finished = tiny_fit.server.start(evaluate.main, [*flags, *more, "--output", tmp_path / name]).wait()

@@ -21,7 +21,7 @@ from bilinear_tc.train import evaluate
 
 @pytest.mark.slow
 def test_a_cached_set_is_measured_offline(tiny_fit: TinyFit, tmp_path: Path) -> None:
-    run = tiny_fit.reference("--max_steps", 4)
+    run = tiny_fit.reference("--max_steps", 4, "--dataset", tiny_fit.text / "shard-[1-5].jsonl")
     text = ("--dataset", tiny_fit.text / "shard-0.jsonl", "--split", "train", "--tokens", 700)
     flags = ("--transcoders", "tester/set", *text, "--output", tmp_path)
     with HubServer(tmp_path / "hub") as hub:

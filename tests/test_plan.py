@@ -10,6 +10,7 @@ import pytest
 import torch
 from bases import write_base
 from plans import write_config
+from transformers import Qwen3MoeConfig
 
 from bilinear_tc.train import fit
 from bilinear_tc.train.base import Base
@@ -166,6 +167,46 @@ def test_what_other_stages_and_bases_change(recipe):
     assert plain.base_bytes - packed.base_bytes == 3 * sum(m.weight.numel() for m in linear)
     nothing = Plan(replace(recipe, base_device_map="auto"), Device("cuda", 10**5, 1))
     assert "run with --base_device_map auto" not in next(nothing.remedies())
+
+
+@pytest.fixture
+def of_experts(tmp_path: Path) -> Recipe:
+    """Of a plain layer, and one of four experts of width 32, two of which a token meets."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    Qwen3MoeConfig(num_hidden_layers=2, intermediate_size=64, **sizes, **experts).save_pretrained(tmp_path)
+    return Recipe(base=str(tmp_path), batch_size=4, seq_len=32, init_tokens=128, max_steps=2, output_dir="runs/it")
+
+
+def test_mlps_that_no_closed_form_starts_from(of_experts):
+    """Also if the first layer's is none of them; and what is told to run instead is planned without a word."""
+    assert "run with --init random" in next(Plan(of_experts, CPU).remedies())
+    plain, noise = replace(of_experts, layers="0"), replace(of_experts, init="random", jvp=None, normalization="auto")
+    assert [[*Plan(recipe, CPU).remedies()] for recipe in (plain, noise)] == [[], []]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_operations_of_experts_are_counted(of_experts, dtype):
+    """Beside those of a plain layer: a router, and for each token three maps of two experts, all of width 32."""
+    noise = replace(of_experts, init="random", jvp=None, normalization="auto", dtype=dtype)
+    both, first = (Plan(replace(noise, layers=layers), CPU).flops["base forward"] for layers in ("0-1", "0"))
+    assert both - first == first - 2 * 128 * (3 * 32 * 64) + 2 * 128 * (32 * 4 + 2 * 3 * 32 * 32)
+
+
+def test_the_widest_mlp_counts(recipe, monkeypatch):
+    """Of layers whose MLPs are not alike inside, wherever it stands."""
+    plain, load = Plan(recipe, CPU), Base.load.__func__
+
+    def with_a_wide_one(cls, *args, **kwargs):
+        model = load(cls, *args, **kwargs).model
+        mlp = model.gpt_neox.layers[1].mlp
+        mlp.dense_h_to_4h, mlp.dense_4h_to_h = (torch.nn.Linear(*of, device="meta") for of in ((16, 320), (320, 16)))
+        return cls(model, None)
+
+    monkeypatch.setattr(Base, "load", classmethod(with_a_wide_one))
+    wide = Plan(recipe, CPU)
+    assert (plain.base.widest_map, wide.base.widest_map) == (32, 320)
+    assert (plain.mlp.width, wide.mlp.width) == (32, 320)
 
 
 def test_devices():

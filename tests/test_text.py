@@ -420,5 +420,8 @@ def test_two_files_are_a_text_and_its_held_out_part(tmp_path: Path) -> None:
     check_text(Recipe(dataset=str(fitted), eval_split=str(held_out)))
     with pytest.raises(TextError, match=r"holds .*train.jsonl, which the fit is on"):
         check_text(Recipe(dataset=str(fitted), eval_split=str(fitted)))
+    later = Recipe(dataset=str(held_out), eval_split=str(fitted))  # of a set that is measured on another text
+    with pytest.raises(TextError, match=r"holds .*train.jsonl, which the fit is on: name another --split"):
+        check_text(Recipe(dataset=str(fitted), eval_split=None), later)
     with pytest.raises(TextError, match=r"no held-out text: .* has no split"):
         check_text(Recipe(dataset=str(fitted), eval_split=str(tmp_path / "none.jsonl")))

@@ -130,7 +130,8 @@ class Base:
                     "layers; fit those that are alike with --layers"
                 )
         self.n_inputs, self.n_outputs = widths[first]
-        inside = (width for module in linear_maps(self.parts(first)) for width in map_widths(module))
+        maps = (module for layer in self.layers for module in linear_maps(self.parts(layer)))
+        inside = (width for module in maps for width in map_widths(module))
         self.widest_map = max([self.n_inputs, self.n_outputs, *inside])
 
     @classmethod

@@ -47,8 +47,8 @@ def cache(recipe: Recipe) -> None:
         on_main(recording.begin)
         for text, count in recording.needed.items():
             at_once = chosen if text == FIT else MICRO_BATCH_SIZE  # as the fit has it, to the last bit
-            where = (recipe, base.tokenizer, device)
-            opened = open_batches(*where) if text == FIT else open_held_out(*where, recipe.batch_size)
+            where, words = (recipe, base.tokenizer, device), base.vocabulary
+            opened = open_batches(*where, words) if text == FIT else open_held_out(*where, recipe.batch_size, words)
             with opened as batches:
                 shown = tqdm(islice(batches, count), text, total=count, unit="batch", disable=not is_main())
                 for number, batch in enumerate(shown):

@@ -20,6 +20,7 @@ from bilinear_tc.train.processes import on_main, process_count, start_accelerato
 from bilinear_tc.train.recipe import option, parse_settings
 from bilinear_tc.train.run import EVALUATION, Run
 from bilinear_tc.train.shard import Shard
+from bilinear_tc.train.text.source import check_text
 
 
 @dataclass
@@ -77,6 +78,7 @@ def evaluate(settings: EvaluationSettings) -> None:
     loss_tokens = held_out.eval_tokens if settings.loss_tokens is None else settings.loss_tokens
     if loss_tokens < 0:
         raise UserError(f"loss_tokens must be at least 0, got {loss_tokens}")
+    on_main(lambda: check_text(recipe, held_out))
     base = Base.of_recipe(recipe, device, run.layers)
     shard = Shard(len(base.layers), shared_out=process_count() <= len(base.layers))
     held = base.layers if loss_tokens else shard.of(base).layers  # the base needs all, if it is to run with all

@@ -43,7 +43,8 @@ def entry_device(model: PreTrainedModel) -> torch.device:
 
 @torch.no_grad()
 def short_pass(model: PreTrainedModel) -> list[Call]:
-    """Every call of a module in a forward pass over a few tokens, in the order in which they ended.
+    """Every call of a module in a forward pass over a few tokens, in the order in which they ended. The sequences
+    differ at their last token alone.
 
     UserError if the model does not run on tokens alone.
     """
@@ -55,6 +56,7 @@ def short_pass(model: PreTrainedModel) -> list[Call]:
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in model.base_model.modules()]
     input_ids = torch.arange(math.prod(SHORT), device=entry_device(model)).view(SHORT)
+    input_ids[:, :-1] = input_ids[0, :-1].clone()
     try:
         model.base_model(input_ids=input_ids % model.config.get_text_config().vocab_size, use_cache=False)
     except Exception as error:  # whatever a model's own code raises
@@ -164,7 +166,8 @@ def entered_from(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> list[nn
 
 
 def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, int]:
-    """Width of an MLP's input and of its output, UserError if it is no map of one tensor to one, or not run once."""
+    """Width of an MLP's input and of its output, UserError if it is no map of one tensor to one, is not run once, or
+    depends on later tokens, so that padding would change it, and the base knows the next token."""
     enter, leave = map(model.get_submodule, ends)
     entered, left = ([call for call in calls if call.module is end] for end in (enter, leave))
     if not entered or not left:
@@ -181,6 +184,12 @@ def map_of(model: nn.Module, ends: Ends, calls: Sequence[Call]) -> tuple[int, in
             f"{path_of(ends)} ({type(leave).__name__}) cannot be fitted: expected a map of one tensor [sequences, "
             f"tokens, width] to one, run once a pass, got {len(tensors)} tensors in and {came} out{times}, from "
             f"{SHORT[0]} sequences of {SHORT[1]}; choose other layers with --layers, or another module with --mlp_path"
+        )
+    first, *others = tensors[0].reshape(*SHORT, -1)[:, :-1].float()
+    if not first.is_meta and any((other - first).norm() > 1e-2 * first.norm() for other in others):
+        raise UserError(
+            f"{path_of(ends)} is told of later tokens: expected a causal decoder, which reads text from left to right; "
+            "of encoders such as BERT, those that say is_decoder in their config.json are"
         )
     return tensors[0].shape[-1], output.shape[-1]
 

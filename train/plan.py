@@ -125,10 +125,11 @@ class Plan:
 
     @cached_property
     def mlp(self) -> MLPWeights | None:
-        """A layer's MLP; None if it is neither plain nor gated, so that no closed form starts from it."""
+        """The layers' widest MLP; None if one is neither plain nor gated, so that no closed form starts from it."""
+        base, silu = self.base, torch.nn.functional.silu
         with META:
-            ways = roles_of(self.base.parts(self.base.layers[0]), self.base.n_inputs, self.base.n_outputs)
-        return MLPWeights(*ways[0], torch.nn.functional.silu) if ways else None
+            ways = [roles_of(base.parts(layer), base.n_inputs, base.n_outputs)[:1] for layer in base.layers]
+        return max((MLPWeights(*way, silu) for (way,) in ways), key=lambda mlp: mlp.width) if all(ways) else None
 
     def rows_of(self, count: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, outputs and weights of some rows."""
@@ -331,6 +332,8 @@ class Plan:
     def remedies(self) -> Iterator[str]:
         """What would not fit, a sentence each, with what to run instead."""
         recipe, folder = self.recipe, self.recipe.output_dir
+        if self.mlp is None and (recipe.init == "mlp" or recipe.jvp):
+            yield "an MLP is neither plain nor gated, so that no closed form starts from it; run with --init random"
         if self.peak(self.layers) > self.room:
             worst, kinds = max(self.memory(self.layers).items(), key=lambda item: sum(item[1].values()))
             said = (

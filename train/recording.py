@@ -111,10 +111,10 @@ class Recording:
             for side, values in (("x", x), ("y", y)):
                 parts.setdefault(f"{side}.{layer}", []).append(values.to("cpu", copy=True))
 
+        if not len(batch):  # of few sequences, not every process has one
+            return
         for ids in batch.input_ids.split(micro_batch_size):
             self.base.run(ids, visit)
-        if not parts:
-            return
         first = number * self.recipe.batch_size + process_index() * self.recipe.batch_size // process_count()
         tensors = {name: torch.cat(of_name) for name, of_name in parts.items()}
         tensors["sequences"] = torch.arange(first, first + len(batch))  # their places in the text, as it is drawn
@@ -168,7 +168,10 @@ class Recording:
     @torch.no_grad()
     def check_base(self) -> None:
         """UserError if the base does not say what is recorded, on one sequence: its weights may have changed since."""
-        with opened(next(self.folder.glob("*.safetensors"))) as file:
+        path = next(self.folder.glob("*.safetensors"), None)
+        if path is None:
+            raise UserError(f"{self.folder} holds a {MANIFEST} alone: expected activations beside it; write it anew")
+        with opened(path) as file:
             ids = file.get_slice("input_ids")[:1].long().to(self.base.device)
         recorded: dict[int, Tensor] = {}
         self.replay(ids, lambda layer, _x, y: recorded.update({layer: y}))

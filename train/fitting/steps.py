@@ -16,7 +16,7 @@ from bilinear_tc.train.text.source import calibration_batches, open_batches
 
 def fit_steps(recipe: Recipe, base: Base, name: str) -> Iterator[tuple[Fitter, int]]:
     """A fit under a bar of this name: the fitter, and the tokens read, at its start and after each of its steps."""
-    with open_batches(recipe, base.tokenizer, base.device) as text:
+    with open_batches(recipe, base.tokenizer, base.device, base.vocabulary) as text:
         fitter = Fitter(recipe, base, base.device)
         tokens = fitter.start(calibration_batches(recipe, text)) if recipe.init == "mlp" else 0
         yield fitter, tokens

@@ -64,7 +64,7 @@ def measure_held_out(
     activations = Activations(base, rows, device=device, dtype=base.model.dtype, shard=shard)
     own = transcoders[shard.own.start : shard.own.stop] if losses else transcoders
     solved_on = -(-recipe.init_tokens // (recipe.batch_size * recipe.seq_len))  # fewer would flatter what is compared
-    with open_batches(recipe, base.tokenizer, device) as text:
+    with open_batches(recipe, base.tokenizer, device, base.vocabulary) as text:
         affine = solve_affine(own, shown(text, solved_on, "affine maps to compare with"), activations, MICRO_BATCH_SIZE)
     reconstruction = Reconstruction(own, affine, device)
     replacement = Replacement(base, transcoders) if losses else None

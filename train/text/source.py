@@ -84,25 +84,24 @@ class SharedBatches(Iterator[TokenBatch], AbstractContextManager):
             self._batches.load_state_dict(state)
 
 
-def check_text(recipe: Recipe) -> None:
-    """Raises TextError if the text to fit on, or the text held out, cannot be had: before the base is loaded."""
-    fitted = _documents(recipe, recipe.split)
-    if recipe.eval_split is None:
+def check_text(recipe: Recipe, held_out: Recipe | None = None) -> None:
+    """Raises TextError if the text to fit on, or that held out, cannot be had, or they share a file: before the base
+    is loaded. The second is the recipe's own or, of a set that has been fitted, that of `held_out`."""
+    fitted, measured = _documents(recipe, recipe.split), held_out or recipe
+    if measured.eval_split is None:
         return
-    if recipe.eval_split == recipe.split:
+    if held_out is None and recipe.eval_split == recipe.split:
         raise TextError(
             f"the fit is on the split {recipe.split!r}, and so is eval_split: name a held-out one, or none to measure "
             "nothing"
         )
+    another = "name another --split" if held_out else "name another --eval_split, or none to measure nothing"
     try:
-        held_out = _documents(recipe, recipe.eval_split)
+        documents = _documents(measured, measured.eval_split)
     except TextError as error:
-        raise TextError(f"no held-out text: {error}; name another --eval_split, or none to measure nothing") from error
-    if shared := sorted(set(fitted.files) & set(held_out.files)):
-        raise TextError(
-            f"eval_split {recipe.eval_split!r} holds {shared[0]}, which the fit is on: name a held-out one, or none to "
-            "measure nothing"
-        )
+        raise TextError(f"no held-out text: {error}; {another}") from error
+    if shared := sorted(set(fitted.files) & set(documents.files)):
+        raise TextError(f"eval_split {measured.eval_split!r} holds {shared[0]}, which the fit is on: {another}")
 
 
 def settled_bos(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
