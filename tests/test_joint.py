@@ -224,7 +224,7 @@ def test_a_layer_wise_set_that_was_killed_before_it_was_compared_is_no_source(tm
     (tmp_path / "checkpoints" / "step_00000005.pt").touch()
     joint = dataclasses.replace(run.recipe, finish="joint", output_dir="elsewhere")
     assert not fit.is_finished(run, run.recipe)
-    with pytest.raises(UserError, match="is no finished run of a layer-wise fit: let train/fit.py end it first"):
+    with pytest.raises(UserError, match=r"is no finished run of a layer-wise fit: let train/fit.py end it first"):
         check_source(run, joint)
     for layer in run.layers:
         settings = run.settings(layer)
