@@ -1704,13 +1704,15 @@ def replaced(base: Any, tcs: BilinearTCSet, layers: Iterable[int] | None = None)
         layers: the layers' numbers; by default all of the set.
 
     Raises:
-        ValueError: the base is none such, is quantized or not in memory, is another than the transcoders', or does not
-            have their MLPs; the set has no such layer.
+        ValueError: the base is none such, is quantized or not in memory, has transcoders attached, is another than the
+            transcoders', or does not have their MLPs; the set has no such layer.
     """
     base = _torch_module(base)
     name = type(base).__name__
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or type(base) is not getattr(transformers, name, None):
         raise ValueError(f"The base must be a causal language model of a class of transformers itself, not {name}.")
+    if any(hasattr(_forward(module), "true_forward") for module in base.modules()):
+        raise ValueError("The base must be as it is by itself, but transcoders are attached: leave that context first.")
     chosen = [tcs[layer] for layer in _chosen(layers, tcs.layers, "This set")]
     if any(p.is_meta or _is_quantized(p) for module in (base, *chosen) for p in module.parameters()):
         raise ValueError("The base and the transcoders must be in memory and not quantized: load both as they are.")

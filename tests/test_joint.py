@@ -25,12 +25,14 @@ from bilinear_tc.train import fit
 from bilinear_tc.train.base import Base
 from bilinear_tc.train.errors import UserError
 from bilinear_tc.train.files import write_yaml
+from bilinear_tc.train.finish import check_source
 from bilinear_tc.train.fitting import joint
 from bilinear_tc.train.fitting.fitter import make_transcoders
 from bilinear_tc.train.fitting.joint import JointFitter, divergence
 from bilinear_tc.train.measuring.replacement import transcoders_attached
 from bilinear_tc.train.recipe import Recipe, parse_recipe
 from bilinear_tc.train.run import Run
+from bilinear_tc.train.start import start_of
 from bilinear_tc.train.text.batches import TokenBatch
 
 CPU = torch.device("cpu")
@@ -157,6 +159,7 @@ def test_a_layer_that_is_nearly_exact_steps_less(monkeypatch: pytest.MonkeyPatch
     ("settings", "sentence"),
     [
         ({"finish": "joint", "finish_steps": 0}, "finish_steps must be at least 1, got 0"),
+        ({"finish": "joint", "seq_len": 1}, "seq_len must be at least 2 with --finish joint, got 1"),
         ({"finish": "joint", "finish_lr": 0.0}, "finish_lr must be a positive number"),
         ({"finish": "joint", "dtype": "float16"}, "use bfloat16"),
         ({"finish": "joint", "base_dtype": "float16"}, "base_dtype float16 has too small a range"),
@@ -208,6 +211,50 @@ def test_a_set_that_was_killed_before_it_was_compared_is_not_finished(tmp_path: 
         if not finished:
             with pytest.raises(UserError, match=r"no checkpoint to go on from: measure it with train/evaluate.py"):
                 fit.is_finished(run, recipe)
+
+
+def test_a_layer_wise_set_that_was_killed_before_it_was_compared_is_no_source(tmp_path: Path) -> None:
+    """Nor is it finished: a layer that its steps have harmed is still to be put back."""
+    run = Run(write_tiny_run(tmp_path))
+    start = start_of(run)
+    for layer in run.layers:
+        shutil.copytree(run.layer_folder(layer), start.layer_folder(layer))
+    start.note_export(0)
+    run.note_export(5)
+    (tmp_path / "checkpoints" / "step_00000005.pt").touch()
+    joint = dataclasses.replace(run.recipe, finish="joint", output_dir="elsewhere")
+    assert not fit.is_finished(run, run.recipe)
+    with pytest.raises(UserError, match=r"is no finished run of a layer-wise fit: let train/fit.py end it first"):
+        check_source(run, joint)
+    for layer in run.layers:
+        settings = run.settings(layer)
+        write_yaml(settings | {"fit": settings["fit"] | {"kept": "end"}}, run.layer_folder(layer) / "config.yaml")
+    run.note_export(5)
+    run.forget()
+    assert fit.is_finished(run, run.recipe)
+    check_source(run, joint)
+
+
+@pytest.mark.slow
+def test_it_begins_with_the_set_that_its_source_holds_and_with_no_other(
+    tiny_fit: TinyFit, source: Path, tmp_path: Path
+) -> None:
+    other, place, run = tiny_fit.reference(*held_out(tiny_fit), "--seed", 1), tmp_path / "source", tmp_path / "run"
+    flags = (*held_out(tiny_fit), *FINISH, "--finish_steps", 1, "--from", place)
+    for held, sabotage in ((source, ("die_at", "os.rename", ".partial/step_00000000", "0")), (other, ())):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(held, place)
+        assert (tiny_fit.run(run, *flags, sabotage=sabotage).returncode == 0) == (not sabotage)
+        assert_same_layers(run / "checkpoints" / "start", held)
+    before = layers(run)
+    shutil.rmtree(place)
+    shutil.copytree(source, place)
+    (error,) = tiny_fit.run(run, *flags).errors
+    assert f"{place} holds another layer_0 now than {run} began with: name another --output_dir" in error
+    assert layers(run) == before
+    anew = tiny_fit.run(run, *flags, "--no_resume", "--overwrite")
+    assert anew.returncode == 0, anew.stderr
+    assert_same_layers(run / "checkpoints" / "start", source)
 
 
 @pytest.mark.slow

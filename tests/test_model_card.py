@@ -517,6 +517,7 @@ def test_a_joint_set_says_its_stage_and_what_it_was_before(tmp_path: Path) -> No
     assert "further from its MLP" not in card
     worse = JOINT | {"after": JOINT["after"] | {"mean_fvu": 0.1304}}
     assert "further from its MLP than before" in write(told(joint=worse))
+    assert "Stage" not in section(write(told(joint=JOINT | {"kept": "start"})), "Overview")
     assert "Stage" not in section(write(told(stage="layer-wise", joint=None)), "Overview")
 
 

@@ -269,6 +269,14 @@ def test_what_does_not_belong_together_is_refused_with_a_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_a_base_with_transcoders_attached_is_refused() -> None:
+    """A copy of an MLP that they stand in for would go on saying what they do, until it is saved."""
+    base, tcs = tiny_neox(), random_set()
+    with tcs.attached(base, [1]), pytest.raises(ValueError, match="transcoders are attached: leave that context"):
+        replaced(base, tcs, [0])
+    assert torch.equal(logits(replaced(base, tcs, [0])), attached_logits(base, tcs, [0]))
+
+
 def test_a_base_in_a_folder_may_be_a_copy(tmp_path: Path) -> None:
     assert replaced(named(tiny_neox(), str(tmp_path)), set_for("the/base")) is not None
     assert replaced(named(tiny_neox(), "the/base"), set_for("the/base")) is not None

@@ -74,6 +74,17 @@ def test_a_base_whose_blocks_hand_on_more_than_their_outputs_is_told(neox: Base)
 
 
 @torch.no_grad()
+def test_so_is_one_whose_blocks_miss_what_an_earlier_one_lays_aside_in_each_pass(neox: Base) -> None:
+    """As Gemma 4's last ones, which take an earlier one's keys and values from a dictionary."""
+    first, *_, last = neox.model.gpt_neox.layers
+    aside: dict[str, Tensor] = {}
+    neox.model.gpt_neox.register_forward_pre_hook(lambda *_: aside.clear())
+    first.mlp.register_forward_hook(lambda _mlp, _args, output: aside.update(keys=output))
+    last.register_forward_pre_hook(lambda _block, args: (args[0] + aside["keys"], *args[1:]))
+    assert not Reentry(neox).is_exact(tokens(0)[:1])
+
+
+@torch.no_grad()
 def test_a_block_that_writes_over_its_input_spoils_no_later_pass(neox: Base) -> None:
     neox.model.gpt_neox.layers[1].register_forward_pre_hook(lambda _block, args: (args[0].add_(0.5), *args[1:]))
     passes = Reentry(neox)

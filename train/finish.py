@@ -12,16 +12,17 @@ import torch
 
 from bilinear_tc.modeling_bilinear_tc import BilinearTC
 from bilinear_tc.train.base import Base
+from bilinear_tc.train.checkpoint import newest_step
 from bilinear_tc.train.errors import UserError
-from bilinear_tc.train.files import History, written_whole
+from bilinear_tc.train.files import History, sha256_of, written_whole
 from bilinear_tc.train.measuring.held_out import shown
 from bilinear_tc.train.measuring.replacement import Replacement
 from bilinear_tc.train.measuring.tables import Columns, table
 from bilinear_tc.train.processes import on_main
 from bilinear_tc.train.recipe import FINISH, Recipe
-from bilinear_tc.train.run import LAYER_FILES, LAYER_WISE, Run
+from bilinear_tc.train.run import LAYER_FILES, LAYER_WISE, WEIGHTS, Run
 from bilinear_tc.train.shard import Shard
-from bilinear_tc.train.start import held_out_fvu, put_back, same_text, start_of
+from bilinear_tc.train.start import held_out_fvu, is_compared, put_back, same_text, start_of
 from bilinear_tc.train.text.source import open_held_out
 
 # What the finish must have in common with the fit before it.
@@ -46,7 +47,8 @@ def check_source(source: Run, recipe: Recipe) -> None:
     Run.in_folder(source.folder)
     if source.folder.resolve() == Path(recipe.output_dir or "").resolve():
         raise UserError(f"--from {source.where} is the output_dir too: name another --output_dir")
-    if not source.is_finished or source.export_problems() or source.recipe.finish != "none":
+    whole = source.is_finished and not source.export_problems() and source.recipe.finish == "none"
+    if not whole or not (source.recipe.eval_split is None or is_compared(source)):
         raise UserError(
             f"--from {source.where} is no finished run of a layer-wise fit: let train/fit.py end it first, or name "
             "another"
@@ -60,6 +62,19 @@ def check_source(source: Run, recipe: Recipe) -> None:
         )
 
 
+def check_same_source(run: Run, recipe: Recipe) -> None:
+    """UserError if the run that a begun joint finish is from holds other layers now than it began with."""
+    if recipe.from_run is None or not recipe.resume or newest_step(run.folder) is None:
+        return
+    for begun in sorted(start_of(run).folder.glob(f"layer_*/{WEIGHTS}")):
+        now = Path(recipe.from_run, begun.parent.name, WEIGHTS)
+        if now.is_file() and sha256_of(now) != sha256_of(begun):
+            raise UserError(
+                f"{recipe.from_run} holds another {begun.parent.name} now than {run.folder} began with: name another "
+                "--output_dir, or --no_resume, with --overwrite if it is finished, to start it anew"
+            )
+
+
 def settled(recipe: Recipe, source: Run) -> Recipe:
     """The recipe with what it leaves to the run that its joint finish starts from."""
     bos = source.recipe.bos if recipe.bos == "auto" else recipe.bos
@@ -69,14 +84,16 @@ def settled(recipe: Recipe, source: Run) -> Recipe:
 
 
 def begin_finish(run: Run, source: Run, layers: Sequence[int]) -> None:
-    """Copies the layers to where a run's start lies, unless they are there; UserError if the source lacks one."""
+    """Copies the layers to where a run's start lies, unless it has gone on from there; UserError if the source lacks
+    one."""
     if missing := sorted({*layers} - {*source.layers}):
         raise UserError(
             f"{source.where} holds no layers {', '.join(map(str, missing))}: name those that it holds with --layers"
         )
     start = start_of(run)
-    if start.is_folder and start.exported_step == 0:
+    if newest_step(run.folder) is not None and start.is_folder and start.exported_step == 0:
         return
+    shutil.rmtree(start.folder, ignore_errors=True)  # of a command that was killed before its first checkpoint
     for layer in layers:
         with written_whole(start.layer_folder(layer)) as scratch:
             for name in LAYER_FILES:

@@ -26,6 +26,7 @@ from bilinear_tc.train.errors import Interrupted, NotFiniteError, UserError, com
 from bilinear_tc.train.files import History, locked
 from bilinear_tc.train.finish import (
     begin_finish,
+    check_same_source,
     check_source,
     finish_table,
     joint_history,
@@ -52,7 +53,7 @@ from bilinear_tc.train.recipe import Recipe, parse_command
 from bilinear_tc.train.recording import Recording
 from bilinear_tc.train.run import CHECKPOINTS, LOGS, Run
 from bilinear_tc.train.shard import Shard
-from bilinear_tc.train.start import keep_the_better, start_of
+from bilinear_tc.train.start import is_compared, keep_the_better, start_of
 from bilinear_tc.train.text.documents import TextError
 from bilinear_tc.train.text.source import calibration_batches, check_text, open_batches, settled_bos
 
@@ -81,6 +82,7 @@ def fit_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         on_main(lambda: take_over(run.folder))
         place = Run(on_main(lambda: workplace(run, recipe).folder))
         recipe = on_main(lambda: place.continued(recipe))
+        on_main(lambda: check_same_source(place, recipe))
         if not on_main(lambda: is_finished(place, recipe)):
             on_main(lambda: check_text(recipe))
             source = None
@@ -136,8 +138,7 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     if recipe.eval_split is None:
         return True
     asked, used = ((r.eval_split, r.eval_tokens) for r in (recipe, run.recipe))
-    measured = all("before" in joint for layer in run.layers if (joint := run.settings(layer).get("joint")))
-    done = asked == used and run.evaluation is not None and measured
+    done = asked == used and run.evaluation is not None and is_compared(run)
     if newest is None and not done:  # a fit from its start would go over it
         raise UserError(
             f"{run.folder} holds a finished set that is not measured on this held-out text, and no checkpoint to go on "

@@ -208,6 +208,7 @@ class Recipe:
             ("bias_lr", 0 < self.bias_lr < math.inf, "a positive number"),
             ("hidden_multiplier", 0 < self.hidden_multiplier < math.inf, multiplier),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
+            ("seq_len", self.finish == "none" or self.seq_len > 1, "at least 2 with --finish joint"),
             ("finish_lr", self.finish_lr is None or 0 < self.finish_lr < math.inf, "a positive number"),
             ("anchor", 0 <= self.anchor < math.inf, "a finite number of at least 0"),
             ("jvp", 0 <= self.jvp < math.inf, "a finite number of at least 0"),

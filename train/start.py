@@ -28,6 +28,13 @@ def start_of(run: Run) -> Run:
     return Run(run.folder / CHECKPOINTS / START)
 
 
+def is_compared(run: Run) -> bool:
+    """Whether every layer of a fitted run has been compared with its stage's start, as far as that is there."""
+    start, settings = start_of(run), map(run.settings, run.layers)
+    begun = start.is_folder and start.exported_step == 0
+    return all("before" in of["joint"] if "joint" in of else "kept" in of["fit"] or not begun for of in settings)
+
+
 def keep_the_better(run: Run, recipe: Recipe, base: Base, shard: Shard) -> None:
     """Puts back every layer of a fitted run that has a higher held-out FVU than it began with; each layer's config.yaml
     says which state it is in (`kept`), and what both score (`fvu_start`, `fvu_end`).

@@ -55,7 +55,7 @@ class Reentry:
                 logits = self.logits(self.enter(input_ids, k)[0])
                 if not (logits - true).norm() <= tolerance:
                     return False
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # blocks of another kind
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):  # blocks of another kind
             return False
         return True
 
