@@ -179,6 +179,18 @@ def test_a_run_whose_layers_were_shared_out_is_finished_too(tmp_path: Path) -> N
     assert parse_recipe(["--finish", "joint", "--from", str(tmp_path)]).shard == "auto"
 
 
+def test_its_output_lies_beside_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    write_yaml({}, tmp_path / "run" / "recipe.yaml")
+    monkeypatch.chdir(tmp_path / "run")
+    for source, expected in (
+        (f"{tmp_path}/run/", tmp_path / "run-joint"),
+        (".", tmp_path / "run-joint"),
+        ("../run", "../run-joint"),
+    ):
+        assert parse_recipe(["--finish", "joint", "--from", source]).output_dir == str(expected)
+
+
 @pytest.fixture(scope="module")
 def source(tiny_fit: TinyFit) -> Path:
     """A finished layer-wise run of 24 steps, measured on held-out text."""

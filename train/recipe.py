@@ -357,7 +357,8 @@ def parse_command(arguments: list[str] | None = None) -> tuple[Recipe, str | Non
         raise UserError(f"--from {source} holds no recipe.yaml: expected a finished run, as train/fit.py writes it")
     settings = read_settings(path)
     if source is not None:
-        settings |= {"output_dir": f"{source.rstrip('/')}-joint", "resume": True, "shard": "auto"}
+        folder = Path(source) if Path(source).name not in ("", "..") else Path(source).resolve()
+        settings |= {"output_dir": f"{folder}-joint", "resume": True, "shard": "auto"}
     parser.set_defaults(**settings)
     parser.add_argument(
         "--plan",
