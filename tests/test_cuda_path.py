@@ -107,6 +107,10 @@ class Waits(TorchDispatchMode):
         return place
 
 
+# What is said where a value decides: all is finite, and no base is told of later tokens.
+ANSWERS = {"moments:check_finite": 1, "mlps:map_of": False}
+
+
 def run_steps() -> None:
     """Prints what the first step, a later one, one on padded text and one of the joint finish wait for.
 
@@ -127,7 +131,7 @@ def run_steps() -> None:
     joint_recipe = dataclasses.replace(recipe, finish="joint", finish_steps=10)
     ids = torch.zeros(recipe.batch_size, recipe.seq_len, dtype=torch.long)
     steps: dict[str, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), Waits({"moments:check_finite": 1}) as waits:
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits(ANSWERS) as waits:
         with CUDA:
             model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**json.loads(config)), dtype=torch.bfloat16)
         base = Base(model, None)

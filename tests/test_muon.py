@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from forking import ForkServer
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -381,8 +381,10 @@ def test_other_parameters_than_stacks_of_real_matrices_are_refused(param):
 SHARED_SHAPES = [(4, 24, 8), (3, 24, 8), (2, 8, 24)]
 
 
-def _work(rank: int, folder: Path) -> None:
-    """Takes the same steps on 3, then on 2 processes, and saves what this one ends with."""
+def work() -> None:
+    """A script: takes the same steps on 3, then on 2 processes, and saves what this one ends with. The arguments are
+    its rank and a folder."""
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     for processes in (3, 2):
         if rank >= processes:
@@ -400,10 +402,9 @@ def _work(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_share_the_work_and_end_as_one_does(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    multiprocessing.spawn(_work, args=(tmp_path,), nprocs=3)
+def test_two_and_three_processes_share_the_work_and_end_as_one_does(fork_server: ForkServer, tmp_path: Path):
+    ended = [process.wait() for process in [fork_server.start(work, [rank, tmp_path]) for rank in range(3)]]
+    assert [each.returncode for each in ended] == [0, 0, 0], ended[0].stderr
     for variant in ("muon", "normuon"):
         params = parameters(shapes=SHARED_SHAPES)
         optimizer = Muon(params, variant=variant)

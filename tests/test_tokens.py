@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import ForkServer
 from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -377,55 +376,37 @@ def test_one_process_shares_with_nobody(texts, tokenizer) -> None:
         SharedBatches(None, torch.device("cpu"))
 
 
-SHARE = """
-import json, sys, torch
-from transformers import PreTrainedTokenizerFast
-from bilinear_tc.train.text.documents import Documents
-from bilinear_tc.train.text.batches import TokenBatches
-from bilinear_tc.train.text.source import SharedBatches
-
-folder, base = sys.argv[1:]
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
-tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-
-
-def shared(name, **arguments):
-    batches = None
-    if rank == 0:
-        batches = TokenBatches(Documents(f"{folder}/{name}.jsonl"), tokenizer, workers=0, **arguments)
-    return SharedBatches(batches, torch.device("cpu"))
-
-
-read = {}
-for name, arguments in json.loads(open(f"{folder}/cases.json").read()).items():
-    with shared(name.split("-")[0], **arguments) as batches:
-        shares, ended, state = [], None, None
-        try:
-            for share in batches:
-                shares.append((share.input_ids, share.mask))
-                if len(shares) == 2:
-                    state = batches.state_dict()
-        except Exception as error:
-            ended = f"{type(error).__name__}: {error}"
-        again = None
-        if state is not None:
-            batches.load_state_dict(state)
-            again = next(batches).input_ids
-        read[name] = (shares, ended, again)
-torch.save(read, f"{folder}/read-{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def share_batches() -> None:
+    """A script: reads the cases of a folder with the other processes, and saves what this one was given."""
+    folder, base = Path(sys.argv[1]), sys.argv[2]
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    read: dict[str, tuple[list[tuple[torch.Tensor, torch.Tensor | None]], str | None, torch.Tensor | None]] = {}
+    for name, arguments in json.loads((folder / "cases.json").read_text()).items():
+        documents = Documents(str(folder / f"{name.split('-')[0]}.jsonl"))
+        batches = TokenBatches(documents, tokenizer, workers=0, **arguments) if rank == 0 else None
+        with SharedBatches(batches, torch.device("cpu")) as shared:
+            shares, ended, state, again = [], None, None, None
+            try:
+                for share in shared:
+                    shares.append((share.input_ids, share.mask))
+                    if len(shares) == 2:
+                        state = shared.state_dict()
+            except Exception as error:
+                ended = f"{type(error).__name__}: {error}"
+            if state is not None:
+                shared.load_state_dict(state)
+                again = next(shared).input_ids
+            read[name] = (shares, ended, again)
+    torch.save(read, folder / f"read-{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tokenizer) -> None:
+def test_processes_share_every_batch_and_end_together(
+    fork_server: ForkServer, tmp_path: Path, texts, tokenizer
+) -> None:
     """Two processes: batches of 7 and 5 leave them uneven shares, batches of 1 leave one of them none."""
     processes = 2
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
@@ -438,20 +419,9 @@ def test_processes_share_every_batch_and_end_together(tmp_path: Path, texts, tok
         "bad": {"seq_len": 32, "batch_size": 8},
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", SHARE, str(tmp_path), str(QUICKSTART)]
-    running = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(processes)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    running = fork_server.start_processes(processes, share_batches, [tmp_path, QUICKSTART])
+    ended = [process.wait() for process in running]
+    assert [each.returncode for each in ended] == [0] * processes, ended[0].stderr
     read = [torch.load(tmp_path / f"read-{rank}.pt") for rank in range(processes)]
 
     ids, mask = padded(texts, tokenizer, 32)
