@@ -58,7 +58,11 @@ def by_hand(model: PreTrainedModel, prompts: Tensor, count: int) -> list[list[in
     return ids[:, prompts.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("make", [tiny_neox, tiny_llama, tiny_gpt2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [tiny_neox, *(pytest.param(of, marks=pytest.mark.slow) for of in (tiny_llama, tiny_gpt2))],
+    ids=lambda make: make.__name__,
+)
 def test_they_are_those_of_a_plain_loop(make: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuation, "AT_ONCE", 4)
     model = make()

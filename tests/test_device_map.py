@@ -39,6 +39,7 @@ def fitted(base: Base, recipe: Recipe = RECIPE) -> list[torch.Tensor]:
     return [directions, *fitter.stack.parameters.values(), *buffers, *(t for pair in scores for t in pair)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", [PLACES, {**PLACES, "gpt_neox.embed_in": "disk"}])
 def test_a_fit_of_a_base_on_the_disk_is_the_fit(places):
     """To the bit: the closed form reads weights, the derivative too, and norms are told apart by what they do."""
@@ -49,6 +50,7 @@ def test_a_fit_of_a_base_on_the_disk_is_the_fit(places):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_auto_places_the_base():
     """With one device that holds it: there. What flows through it is the same."""
     base = Base.of_recipe(replace(RECIPE, base_device_map="auto"), torch.device("cpu"))

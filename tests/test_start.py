@@ -44,6 +44,7 @@ def closed_form(tiny_fit: TinyFit) -> Run:
     return Run(tiny_fit.reference(*held_out(tiny_fit, "--max_steps", 0)))
 
 
+@pytest.mark.slow
 def test_a_layer_that_its_steps_harm_is_put_back_to_the_closed_form(harmed: Run, closed_form: Run) -> None:
     for layer, fit in zip(harmed.layers, fits(harmed), strict=True):
         assert fit["kept"] == "start"
@@ -65,6 +66,7 @@ def test_a_layer_that_gains_keeps_its_steps(tiny_fit: TinyFit) -> None:
         assert run.evaluation.layers[layer].fvu == pytest.approx(fit["fvu_end"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_table_says_which_layers_are_as_they_began(tiny_fit: TinyFit, harmed: Run) -> None:
     again = tiny_fit.run(harmed.folder, *held_out(tiny_fit, *HARMFUL))
     assert again.returncode == 0, again.stderr
